@@ -1,0 +1,77 @@
+//! The checkpointer: copies the write-ahead log into the database beside the writer.
+//!
+//! Invariants:
+//! - It never stands in the path of an acknowledgement for longer than the rest that the writer copies between two transactions.
+//! - A failed checkpoint changes nothing: the log keeps all, and the next attempt writes every page anew.
+
+use std::sync::{
+    Arc,
+    atomic::Ordering::Relaxed,
+};
+
+use ractor::ActorRef;
+use sqlx::SqliteConnection;
+use tokio::sync::Notify;
+
+use crate::{
+    WriterStats,
+    book::Book,
+    sqlite::{self, CheckpointMode},
+    writer::WriterMessage,
+};
+
+/// The log is looked at after about this much was written.
+pub(crate) const LOOK_EVERY_BYTES: u64 = 2 << 20;
+/// The log is copied when it has this many pages (16 MiB).
+const CHECKPOINT_PAGES: u64 = 4000;
+/// What may be left for the writer to copy while it commits nothing (4 MiB).
+const REST_PAGES_MAX: u64 = 1000;
+/// Attempts to get below [`REST_PAGES_MAX`] while the writer goes on.
+const ROUNDS_MAX: usize = 3;
+/// A log this long (256 MiB) means that a reader is in the way.
+const WARN_PAGES: u64 = 65_536;
+
+/// Runs until it is aborted or the writer is gone.
+pub(crate) async fn run<B: Book>(
+    mut connection: SqliteConnection,
+    wake: Arc<Notify>,
+    writer: ActorRef<WriterMessage<B>>,
+    file: Arc<str>,
+    stats: Arc<WriterStats>,
+) {
+    loop {
+        wake.notified().await;
+        match look_and_copy(&mut connection, &writer, &stats).await {
+            Ok(pages) if pages > WARN_PAGES => {
+                tracing::warn!(%file, pages, "the log grows: a reader holds an old state open");
+            }
+            Ok(_) => {}
+            Err(error) => {
+                tracing::warn!(%file, error = %sqlite::detail(&error), "a checkpoint failed; it is tried again");
+            }
+        }
+    }
+}
+
+async fn look_and_copy<B: Book>(
+    connection: &mut SqliteConnection,
+    writer: &ActorRef<WriterMessage<B>>,
+    stats: &WriterStats,
+) -> sqlx::Result<u64> {
+    let log = sqlite::checkpoint(connection, CheckpointMode::Noop).await?;
+    stats.wal_pages.store(log.log_pages, Relaxed);
+    if log.log_pages < CHECKPOINT_PAGES {
+        return Ok(log.log_pages);
+    }
+    // A writer that is gone needs no checkpoint: whoever opens the file next does it.
+    let _ = writer.cast(WriterMessage::PersistMarks);
+    for _ in 0..ROUNDS_MAX {
+        sqlite::checkpoint(connection, CheckpointMode::Passive).await?;
+        let log = sqlite::checkpoint(connection, CheckpointMode::Noop).await?;
+        if log.log_pages - log.copied_pages.min(log.log_pages) <= REST_PAGES_MAX {
+            break;
+        }
+    }
+    let _ = writer.cast(WriterMessage::FinishCheckpoint);
+    Ok(log.log_pages)
+}

@@ -1,0 +1,326 @@
+//! The data directory: its lock, its identity, and which files it must hold.
+//!
+//! Invariants:
+//! - One process at a time. The lock is the operating system's, so that it ends with the process, however that ends.
+//! - `store.json` says "creating" until every file is there and synced, and "ready" from then on. A directory that is still being
+//!   created holds nothing that anyone was promised, and is made anew; one that is ready never loses a file silently.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io::{self, Write},
+    path::{Path, PathBuf},
+};
+
+use serde::{Deserialize, Serialize};
+
+use crate::{DiskId, OpenError, keys, open::directory_error, shard};
+
+/// The newest format of a data directory known here.
+pub const STORE_FORMAT: u32 = 1;
+const STORE_FILE: &str = "store.json";
+const LOCK_FILE: &str = "kuma.lock";
+
+/// Why a data directory cannot be used. Nothing in it was changed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DataDirError {
+    /// Another process uses it.
+    #[error("{path} is in use by another process{holder}; stop that one first, or choose another data directory")]
+    InUse {
+        /// The directory.
+        path: PathBuf,
+        /// " (process 1234)" where that is known.
+        holder: String,
+    },
+    /// It belongs to a store with another name.
+    #[error("{path} holds the store \"{found}\", not \"{expected}\"; choose its data directory, or open it under its own name")]
+    OtherContext {
+        /// The directory.
+        path: PathBuf,
+        /// The name kept with the data.
+        found: String,
+        /// The name asked for.
+        expected: String,
+    },
+    /// The number of shards is fixed at creation.
+    #[error("{path} was created with {found} shards, not {expected}; leave the option out, or move the data to a new store")]
+    OtherShards {
+        /// The directory.
+        path: PathBuf,
+        /// As created.
+        found: u16,
+        /// As asked for.
+        expected: u16,
+    },
+    /// A newer Kuma made it.
+    #[error("{path} has format {found}, this version of Kuma reads up to {supported}; use the newer version, nothing was changed")]
+    Newer {
+        /// The directory.
+        path: PathBuf,
+        /// Its format.
+        found: u32,
+        /// The newest format known here.
+        supported: u32,
+    },
+    /// `store.json` cannot be read, or is missing while there is data.
+    #[error("{path} is {state}, and Kuma does not guess whose data that is; put the file back from a backup")]
+    NoIdentity {
+        /// `store.json`.
+        path: PathBuf,
+        /// What is wrong with it.
+        state: String,
+    },
+    /// There are no random bytes for an identity.
+    #[error("the operating system gives no random bytes for the identity of a new store")]
+    NoRandomness,
+    /// The directory itself.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+}
+
+/// What a directory says of itself.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct StoreFile {
+    format: u32,
+    state: StoreState,
+    context: String,
+    shards: u16,
+    disk_id: String,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum StoreState {
+    Creating,
+    Ready,
+}
+
+/// A locked data directory.
+#[derive(Debug)]
+pub struct DataDir {
+    path: PathBuf,
+    store: StoreFile,
+    disk_id: DiskId,
+    /// Held for as long as the directory is in use.
+    _lock: File,
+}
+
+impl DataDir {
+    /// Locks `path` and reads its identity, or gives it one if it is new (or was never finished). `shards` is checked against an
+    /// existing store; where it is `None`, an existing store keeps its own and a new one gets `shards_default`.
+    ///
+    /// # Errors
+    /// See [`DataDirError`]. An existing store is left untouched.
+    pub fn open(path: &Path, context: &str, shards: Option<u16>, shards_default: u16) -> Result<Self, DataDirError> {
+        let fail = |error| directory_error(path, error);
+        let is_new = !path.try_exists().map_err(fail)?;
+        if is_new {
+            create_directory(path).map_err(fail)?;
+        }
+        let lock = lock(path)?;
+        let store_path = path.join(STORE_FILE);
+        let found = match fs::read(&store_path) {
+            Ok(bytes) => Some(parse(&store_path, path, &bytes)?),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            Err(error) => return Err(directory_error(&store_path, error).into()),
+        };
+        if let Some((store, disk_id)) = &found {
+            if store.context != context {
+                let (found, expected) = (store.context.clone(), context.to_owned());
+                return Err(DataDirError::OtherContext { path: path.to_owned(), found, expected });
+            }
+            if let Some(expected) = shards.filter(|shards| *shards != store.shards) {
+                return Err(DataDirError::OtherShards { path: path.to_owned(), found: store.shards, expected });
+            }
+            if store.state == StoreState::Ready {
+                return Ok(DataDir { path: path.to_owned(), store: store.clone(), disk_id: *disk_id, _lock: lock });
+            }
+        } else if has_data(path) {
+            return Err(DataDirError::NoIdentity { path: store_path, state: "missing although there is data".to_owned() });
+        }
+        remove_unfinished(path).map_err(fail)?;
+        let disk_id = DiskId::generate().map_err(|_| DataDirError::NoRandomness)?;
+        let store = StoreFile {
+            format: STORE_FORMAT,
+            state: StoreState::Creating,
+            context: context.to_owned(),
+            shards: shards.unwrap_or(shards_default),
+            disk_id: disk_id.to_string(),
+        };
+        let data_dir = DataDir { path: path.to_owned(), store, disk_id, _lock: lock };
+        data_dir.write_store()?;
+        Ok(data_dir)
+    }
+
+    /// Whether the files are still to be made; end that with [`DataDir::finish`].
+    pub fn is_new(&self) -> bool {
+        self.store.state == StoreState::Creating
+    }
+
+    /// Every file of a new store is in place: from now on none may be missing.
+    ///
+    /// # Errors
+    /// `store.json` cannot be written.
+    pub fn finish(&mut self) -> Result<(), DataDirError> {
+        self.store.state = StoreState::Ready;
+        self.write_store()
+    }
+
+    /// Where the data is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// How many shards the store has.
+    pub fn shards(&self) -> u16 {
+        self.store.shards
+    }
+
+    /// The identity of this copy of the data.
+    pub fn disk_id(&self) -> DiskId {
+        self.disk_id
+    }
+
+    /// Replaces `store.json` as a whole, durably.
+    fn write_store(&self) -> Result<(), DataDirError> {
+        let target = self.path.join(STORE_FILE);
+        let fail = |error| directory_error(&target, error);
+        let text = serde_json::to_vec_pretty(&self.store).map_err(|error| fail(error.into()))?;
+        let temporary = self.path.join(format!("{STORE_FILE}.new"));
+        let mut file = File::create(&temporary).map_err(fail)?;
+        file.write_all(&text).and_then(|()| file.write_all(b"\n")).and_then(|()| file.sync_all()).map_err(fail)?;
+        fs::rename(&temporary, &target).and_then(|()| sync_directory(&self.path)).map_err(fail)?;
+        Ok(())
+    }
+}
+
+fn parse(store_path: &Path, path: &Path, bytes: &[u8]) -> Result<(StoreFile, DiskId), DataDirError> {
+    /// The format alone: the rest of a newer file may look different.
+    #[derive(Deserialize)]
+    struct FormatOnly {
+        format: u32,
+    }
+    let unreadable = |state: String| DataDirError::NoIdentity { path: store_path.to_owned(), state };
+    let FormatOnly { format: found } =
+        serde_json::from_slice(bytes).map_err(|error| unreadable(format!("not readable ({error})")))?;
+    if found > STORE_FORMAT {
+        return Err(DataDirError::Newer { path: path.to_owned(), found, supported: STORE_FORMAT });
+    }
+    let store: StoreFile = serde_json::from_slice(bytes).map_err(|error| unreadable(format!("not readable ({error})")))?;
+    let disk_id = hex::decode(&store.disk_id).ok().and_then(|bytes| bytes.try_into().ok());
+    let disk_id = disk_id.ok_or_else(|| unreadable("damaged (its disk id)".to_owned()))?;
+    Ok((store, DiskId(disk_id)))
+}
+
+fn lock(path: &Path) -> Result<File, DataDirError> {
+    let lock_path = path.join(LOCK_FILE);
+    let fail = |error| directory_error(&lock_path, error);
+    let mut file =
+        OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&lock_path).map_err(fail)?;
+    match file.try_lock() {
+        Ok(()) => {}
+        Err(fs::TryLockError::WouldBlock) => {
+            let holder = fs::read_to_string(&lock_path).ok().filter(|text| !text.trim().is_empty());
+            let holder = holder.map(|pid| format!(" (process {})", pid.trim())).unwrap_or_default();
+            return Err(DataDirError::InUse { path: path.to_owned(), holder });
+        }
+        Err(fs::TryLockError::Error(error)) => return Err(fail(error).into()),
+    }
+    // For the message of whoever comes second; the lock itself does not depend on it.
+    let written = file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id()));
+    written.map_err(fail)?;
+    Ok(file)
+}
+
+/// Makes the directory and its missing parents, and syncs the parent of each: a database in a directory whose own entry was never
+/// synced is gone after a power loss, however well it was synced itself.
+fn create_directory(path: &Path) -> io::Result<()> {
+    let missing: Vec<&Path> = path.ancestors().take_while(|path| !path.as_os_str().is_empty() && !path.exists()).collect();
+    fs::create_dir_all(path)?;
+    for made in missing.iter().rev() {
+        let parent = made.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        sync_directory(parent)?;
+    }
+    Ok(())
+}
+
+fn sync_directory(path: &Path) -> io::Result<()> {
+    File::open(path)?.sync_all()
+}
+
+fn has_data(path: &Path) -> bool {
+    path.join(keys::FILE_NAME).exists() || (0..=u16::from(u8::MAX)).any(|number| shard::exists(path, number))
+}
+
+/// Removes what a creation that never finished has left.
+fn remove_unfinished(path: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(path)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        let stem = name.split('.').next().unwrap_or_default();
+        let extension = name.split_once('.').map(|(_, extension)| extension).unwrap_or_default();
+        let ours = stem == "keys" || stem.strip_prefix("shard-").is_some_and(|number| number.parse::<u16>().is_ok());
+        if ours && matches!(extension, "db" | "db-wal" | "db-shm" | "db-journal" | "watermark") {
+            fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn open(path: &Path) -> Result<DataDir, DataDirError> {
+        DataDir::open(path, "test", None, 4)
+    }
+
+    #[test]
+    fn a_directory_whose_creation_was_cut_short_is_made_anew() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a/b/data");
+        let first = open(&path).unwrap();
+        fs::write(path.join("shard-000.db"), b"half").unwrap();
+        fs::write(path.join("mine.txt"), b"not ours").unwrap();
+        let id = first.disk_id();
+        drop(first);
+        let mut second = open(&path).unwrap();
+        assert!(second.is_new() && second.disk_id() != id);
+        assert!(!path.join("shard-000.db").exists() && path.join("mine.txt").exists());
+        second.finish().unwrap();
+        drop(second);
+        assert!(!open(&path).unwrap().is_new());
+    }
+
+    #[test]
+    fn a_second_user_of_a_directory_is_refused_with_the_name_of_the_first() {
+        let dir = tempfile::tempdir().unwrap();
+        let _first = open(dir.path()).unwrap();
+        let error = open(dir.path()).unwrap_err().to_string();
+        assert!(error.contains(&format!("(process {})", std::process::id())), "{error}");
+    }
+
+    #[test]
+    fn a_directory_that_lost_its_identity_is_not_adopted() {
+        let dir = tempfile::tempdir().unwrap();
+        open(dir.path()).unwrap().finish().unwrap();
+        fs::write(dir.path().join("shard-003.db"), b"data").unwrap();
+        fs::remove_file(dir.path().join(STORE_FILE)).unwrap();
+        assert!(matches!(open(dir.path()), Err(DataDirError::NoIdentity { .. })));
+        fs::write(dir.path().join(STORE_FILE), b"{").unwrap();
+        assert!(matches!(open(dir.path()), Err(DataDirError::NoIdentity { .. })));
+    }
+
+    #[test]
+    fn another_store_another_shard_count_and_a_newer_format_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        open(dir.path()).unwrap().finish().unwrap();
+        let other = DataDir::open(dir.path(), "other", None, 4);
+        assert!(matches!(other, Err(DataDirError::OtherContext { .. })));
+        let other = DataDir::open(dir.path(), "test", Some(8), 4);
+        assert!(matches!(other, Err(DataDirError::OtherShards { found: 4, expected: 8, .. })));
+        fs::write(dir.path().join(STORE_FILE), br#"{"format": 2, "new": true}"#).unwrap();
+        assert!(matches!(open(dir.path()), Err(DataDirError::Newer { found: 2, supported: 1, .. })));
+    }
+}

@@ -1,0 +1,72 @@
+//! The row of an entity: who it is, without saying so.
+
+use sqlx::{Row, sqlite::SqliteRow};
+
+use crate::{CopyId, EntityHash, Slot};
+
+/// An entity as its shard knows it: by hash; its id only sealed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EntityRow {
+    /// The number of the entity in its shard file.
+    pub eid: i64,
+    /// The copy of the slot that the row came with.
+    pub copy: CopyId,
+    /// The slot.
+    pub slot: Slot,
+    /// The kind, in clear.
+    pub kind: String,
+    /// The keyed hash of kind and id.
+    pub id_hash: EntityHash,
+    /// The id, sealed with the entity's key.
+    pub sealed_id: Vec<u8>,
+    /// The name of the entity's key.
+    pub key_id: [u8; 16],
+    /// Microseconds since 1970.
+    pub created_at_us: i64,
+    /// When it was erased, if it was. Microseconds since 1970.
+    pub erased_at_us: Option<i64>,
+}
+
+impl EntityRow {
+    pub(crate) fn checksum(&self) -> i64 {
+        let mut hasher = blake3::Hasher::new();
+        hasher
+            .update(b"kumaentity1")
+            .update(&self.eid.to_le_bytes())
+            .update(&self.copy.0)
+            .update(&self.slot.number().to_le_bytes())
+            .update(&(self.kind.len() as u64).to_le_bytes())
+            .update(self.kind.as_bytes())
+            .update(&self.id_hash.0)
+            .update(&(self.sealed_id.len() as u64).to_le_bytes())
+            .update(&self.sealed_id)
+            .update(&self.key_id)
+            .update(&self.created_at_us.to_le_bytes())
+            .update(&[u8::from(self.erased_at_us.is_some())])
+            .update(&self.erased_at_us.unwrap_or_default().to_le_bytes());
+        crate::first_eight(hasher.finalize().as_bytes())
+    }
+
+    /// `None` where the row does not match its checksum.
+    pub(crate) fn from_row(row: &SqliteRow) -> sqlx::Result<Option<Self>> {
+        let (Ok(copy), Ok(id_hash), Ok(key_id)) = (
+            row.try_get::<Vec<u8>, _>("copy")?.try_into(),
+            row.try_get::<Vec<u8>, _>("id_hash")?.try_into(),
+            row.try_get::<Vec<u8>, _>("key_id")?.try_into(),
+        ) else {
+            return Ok(None);
+        };
+        let entity = EntityRow {
+            eid: row.try_get("eid")?,
+            copy: CopyId(copy),
+            slot: Slot::new(row.try_get::<i64, _>("slot")?.cast_unsigned()),
+            kind: row.try_get("kind")?,
+            id_hash: EntityHash(id_hash),
+            sealed_id: row.try_get("sealed_id")?,
+            key_id,
+            created_at_us: row.try_get("created_at")?,
+            erased_at_us: row.try_get("erased_at")?,
+        };
+        Ok((entity.checksum() == row.try_get::<i64, _>("checksum")?).then_some(entity))
+    }
+}

@@ -1,0 +1,362 @@
+//! `keys.db`: the wrapped key of each entity, apart from every shard file and its backup.
+//!
+//! Invariants:
+//! - A key is durable before the first commit that is sealed with it, and an existing row is never replaced by another key. (A key
+//!   whose commit never came is left over; it opens nothing.)
+//! - Only wrapped keys are here. This crate cannot unwrap them.
+
+use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
+
+use ractor::{Actor, ActorCell, ActorRef};
+use sqlx::{Row, SqliteConnection, SqlitePool, sqlite::SqliteRow};
+use tokio::sync::oneshot;
+
+use crate::{
+    CommitError, Digest, DiskId, EntityHash, FileOptions, NotWritten, OpenError, ReadError, StatsView, WriterStats,
+    book::{Book, Progress, Size},
+    open::FileSpec,
+    row_hash::RowHash,
+    schema::Role,
+    sqlite::{self, Trouble},
+    writer::{Writer, WriterArguments, WriterMessage},
+};
+
+const READERS: u32 = 2;
+pub(crate) const FILE_NAME: &str = "keys.db";
+
+/// The wrapped key of one entity.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KeyRow {
+    /// The name of the key.
+    pub key_id: [u8; 16],
+    /// Whose it is.
+    pub id_hash: EntityHash,
+    /// The key, wrapped under a master key.
+    pub wrapped: Vec<u8>,
+    /// Microseconds since 1970.
+    pub created_at_us: i64,
+}
+
+impl KeyRow {
+    /// The wrapping is left out: it changes with the master key, and is authenticated by itself.
+    fn hash(&self) -> RowHash {
+        let mut hasher = blake3::Hasher::new();
+        hasher
+            .update(b"kumakey1")
+            .update(&self.key_id)
+            .update(&self.id_hash.0)
+            .update(&self.created_at_us.to_le_bytes());
+        RowHash::from(hasher.finalize())
+    }
+
+    fn from_row(row: &SqliteRow) -> sqlx::Result<Option<Self>> {
+        let (Ok(key_id), Ok(id_hash)) =
+            (row.try_get::<Vec<u8>, _>("key_id")?.try_into(), row.try_get::<Vec<u8>, _>("id_hash")?.try_into())
+        else {
+            return Ok(None);
+        };
+        Ok(Some(KeyRow {
+            key_id,
+            id_hash: EntityHash(id_hash),
+            wrapped: row.try_get("wrapped")?,
+            created_at_us: row.try_get("created_at")?,
+        }))
+    }
+}
+
+/// One change of the keys.
+enum Change {
+    Add(KeyRow),
+    Rewrap { key_id: [u8; 16], wrapped: Vec<u8> },
+    PutSecret { name: &'static str, wrapped: Vec<u8> },
+}
+
+pub(crate) struct KeyEntry {
+    change: Change,
+    reply: oneshot::Sender<Result<(), CommitError>>,
+}
+
+/// The keys in memory: only their sum; they are read from the file one by one.
+pub(crate) struct KeyBook {
+    digest: Digest,
+    staged: Option<Digest>,
+}
+
+impl Book for KeyBook {
+    type Entry = KeyEntry;
+
+    fn size(entry: &KeyEntry) -> Size {
+        let bytes = match &entry.change {
+            Change::Add(row) => row.wrapped.len(),
+            Change::Rewrap { wrapped, .. } | Change::PutSecret { wrapped, .. } => wrapped.len(),
+        };
+        Size { bytes: bytes + 64, events: 1 }
+    }
+
+    fn has_work(&self, group: &[KeyEntry]) -> bool {
+        !group.is_empty()
+    }
+
+    async fn write(&mut self, connection: &mut SqliteConnection, group: &mut [KeyEntry]) -> sqlx::Result<()> {
+        let mut digest = self.digest;
+        for entry in group {
+            let query = match &entry.change {
+                Change::Add(row) => {
+                    digest.add(&row.hash());
+                    sqlx::query("INSERT INTO data_key(key_id, id_hash, wrapped, created_at) VALUES (?, ?, ?, ?)")
+                        .bind(row.key_id.to_vec())
+                        .bind(row.id_hash.0.to_vec())
+                        .bind(row.wrapped.clone())
+                        .bind(row.created_at_us)
+                }
+                Change::Rewrap { key_id, wrapped } => sqlx::query("UPDATE data_key SET wrapped = ? WHERE key_id = ?")
+                    .bind(wrapped.clone())
+                    .bind(key_id.to_vec()),
+                Change::PutSecret { name, wrapped } => {
+                    sqlx::query("INSERT INTO secret(name, wrapped) VALUES (?, ?) ON CONFLICT(name) DO UPDATE SET wrapped = excluded.wrapped")
+                        .bind(*name)
+                        .bind(wrapped.clone())
+                }
+            };
+            query.execute(&mut *connection).await?;
+        }
+        self.staged = Some(digest);
+        Ok(())
+    }
+
+    fn request_marks(&mut self) {}
+
+    fn progress(&self) -> Progress {
+        Progress { next_position: 1, mark_position: 0, digest: self.staged.unwrap_or(self.digest) }
+    }
+
+    fn keep(&mut self) {
+        self.digest = self.staged.take().unwrap_or(self.digest);
+    }
+
+    fn drop_staged(&mut self) {
+        self.staged = None;
+    }
+
+    fn settle(&mut self, entry: KeyEntry, outcome: Result<(), CommitError>) {
+        // A caller that is gone does not want to know.
+        let _ = entry.reply.send(outcome);
+    }
+}
+
+/// What a look over all keys found.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct KeysReport {
+    /// Rows read.
+    pub keys: u64,
+    /// What is wrong, in words.
+    pub damage: Vec<String>,
+}
+
+/// The open `keys.db`. Cheap to clone.
+#[derive(Clone)]
+pub struct KeyStore {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    file: Arc<str>,
+    writer: ActorRef<WriterMessage<KeyBook>>,
+    readers: SqlitePool,
+    stats: Arc<WriterStats>,
+}
+
+fn spec(directory: PathBuf, disk_id: DiskId, options: &FileOptions) -> FileSpec {
+    FileSpec { path: directory.join(FILE_NAME), role: Role::Keys, disk_id, options: options.clone() }
+}
+
+impl KeyStore {
+    /// Makes the file of a new store.
+    ///
+    /// # Errors
+    /// The file exists or cannot be written.
+    pub async fn create(directory: PathBuf, disk_id: DiskId, options: &FileOptions) -> Result<(), OpenError> {
+        spec(directory, disk_id, options).create(async |_| Ok(())).await
+    }
+
+    /// Opens the file and starts its writer under `supervisor`.
+    ///
+    /// # Errors
+    /// Whatever makes the file unfit to be used; it is left as it was.
+    pub async fn open(
+        directory: PathBuf,
+        disk_id: DiskId,
+        options: &FileOptions,
+        supervisor: ActorCell,
+    ) -> Result<Self, OpenError> {
+        let spec = spec(directory, disk_id, options);
+        let opened = spec.open().await?;
+        if opened.witnessed.is_some_and(|digest| digest != opened.stored.progress.digest) {
+            return Err(spec.damaged("the digest of its keys is not the one in its watermark"));
+        }
+        let stats = Arc::new(WriterStats::default());
+        let arguments = WriterArguments {
+            checkpointer: spec.connect_checkpointer().await?,
+            path: spec.path.clone(),
+            options: options.clone(),
+            disk_id,
+            connection: opened.connection,
+            watermark: opened.watermark,
+            commits: opened.stored.commits,
+            book: KeyBook { digest: opened.stored.progress.digest, staged: None },
+            stats: stats.clone(),
+        };
+        let (writer, _) = Actor::spawn_linked(None, Writer::new(), arguments, supervisor)
+            .await
+            .map_err(|error| OpenError::Io { path: spec.path.clone(), source: std::io::Error::other(error.to_string()) })?;
+        let readers = sqlite::reader_pool(&spec.path, options, READERS);
+        Ok(KeyStore { inner: Arc::new(Inner { file: sqlite::file_name(&spec.path), writer, readers, stats }) })
+    }
+
+    /// Adds the key of a new entity; it is durable when this returns. Keys that are added at the same time share one sync.
+    ///
+    /// # Errors
+    /// It was not written, or that is unknown. Use a new key for the next attempt.
+    pub async fn add(&self, row: KeyRow) -> Result<(), CommitError> {
+        self.change(Change::Add(row)).await
+    }
+
+    /// Replaces the wrapping of a key that is the same inside.
+    ///
+    /// # Errors
+    /// It was not written, or that is unknown; either wrapping opens.
+    pub async fn rewrap(&self, key_id: [u8; 16], wrapped: Vec<u8>) -> Result<(), CommitError> {
+        self.change(Change::Rewrap { key_id, wrapped }).await
+    }
+
+    /// Stores a wrapped secret of the store itself under `name`.
+    ///
+    /// # Errors
+    /// It was not written, or that is unknown.
+    pub async fn put_secret(&self, name: &'static str, wrapped: Vec<u8>) -> Result<(), CommitError> {
+        self.change(Change::PutSecret { name, wrapped }).await
+    }
+
+    async fn change(&self, change: Change) -> Result<(), CommitError> {
+        let (reply, settled) = oneshot::channel();
+        if self.inner.writer.cast(WriterMessage::Submit(KeyEntry { change, reply })).is_err() {
+            return Err(NotWritten::Stopping.into());
+        }
+        let unknown = |_| CommitError::Unknown { file: self.inner.file.to_string(), detail: "its writer stopped".to_owned() };
+        settled.await.map_err(unknown)?
+    }
+
+    /// The key with this name.
+    ///
+    /// # Errors
+    /// The file cannot be read.
+    pub async fn get(&self, key_id: [u8; 16]) -> Result<Option<KeyRow>, ReadError> {
+        let row = sqlx::query("SELECT key_id, id_hash, wrapped, created_at FROM data_key WHERE key_id = ?")
+            .bind(key_id.to_vec())
+            .fetch_optional(&self.inner.readers)
+            .await
+            .map_err(|error| self.read_error(error))?;
+        let Some(row) = row else { return Ok(None) };
+        KeyRow::from_row(&row).map_err(|error| self.read_error(error))
+    }
+
+    /// A wrapped secret of the store.
+    ///
+    /// # Errors
+    /// The file cannot be read.
+    pub async fn secret(&self, name: &'static str) -> Result<Option<Vec<u8>>, ReadError> {
+        let row = sqlx::query("SELECT wrapped FROM secret WHERE name = ?")
+            .bind(name)
+            .fetch_optional(&self.inner.readers)
+            .await
+            .map_err(|error| self.read_error(error))?;
+        row.map(|row| row.try_get(0)).transpose().map_err(|error| self.read_error(error))
+    }
+
+    /// Keys in the order in which they were added, above `after`, with the number of each.
+    ///
+    /// # Errors
+    /// The file cannot be read.
+    pub async fn page(&self, after: i64, rows_max: u32) -> Result<BTreeMap<i64, KeyRow>, ReadError> {
+        let rows = sqlx::query("SELECT number, key_id, id_hash, wrapped, created_at FROM data_key WHERE number > ? ORDER BY number LIMIT ?")
+            .bind(after)
+            .bind(rows_max)
+            .fetch_all(&self.inner.readers)
+            .await
+            .map_err(|error| self.read_error(error))?;
+        let mut page = BTreeMap::new();
+        for row in &rows {
+            let number = row.try_get("number").map_err(|error| self.read_error(error))?;
+            let key = KeyRow::from_row(row).map_err(|error| self.read_error(error))?;
+            let damaged = || ReadError::BadRow {
+                file: self.inner.file.to_string(),
+                position: 0,
+                detail: format!("key number {number} is damaged"),
+            };
+            page.insert(number, key.ok_or_else(damaged)?);
+        }
+        Ok(page)
+    }
+
+    /// Reads every key and compares their sum with what was committed. `each` is called with every row.
+    ///
+    /// # Errors
+    /// The file cannot be read at all. Damage stands in the report.
+    pub async fn verify(&self, mut each: impl FnMut(&KeyRow)) -> Result<KeysReport, ReadError> {
+        let mut report = KeysReport::default();
+        let (reply, answer) = oneshot::channel();
+        let asked = self.inner.writer.cast(WriterMessage::Audit { reply });
+        let expected = if asked.is_ok() { answer.await.ok() } else { None };
+        let integrity = crate::verify::integrity(&self.inner.readers).await;
+        report.damage.extend(integrity.map_err(|error| self.read_error(error))?);
+        let (mut digest, mut after) = (Digest::default(), 0);
+        loop {
+            let page = match self.page(after, 512).await {
+                Ok(page) => page,
+                Err(error) if error.is_damage() => {
+                    report.damage.push(crate::verify::words(&error));
+                    return Ok(report);
+                }
+                Err(error) => return Err(error),
+            };
+            let Some((last, _)) = page.last_key_value() else { break };
+            after = *last;
+            for row in page.values() {
+                digest.add(&row.hash());
+                report.keys += 1;
+                each(row);
+            }
+        }
+        // Keys that were added meanwhile are in the sum that was read and not in the one that was expected.
+        let (reply, answer) = oneshot::channel();
+        let asked = self.inner.writer.cast(WriterMessage::Audit { reply });
+        let now = if asked.is_ok() { answer.await.ok() } else { None };
+        if now == expected && expected.is_some_and(|expected| expected.progress.digest != digest) {
+            report.damage.push("the digest of the keys is not the one that was committed".to_owned());
+        }
+        Ok(report)
+    }
+
+    /// Numbers about the writer.
+    pub fn stats(&self) -> StatsView {
+        self.inner.stats.view()
+    }
+
+    /// Stops the writer: what was submitted is written first, then the file is closed.
+    pub async fn stop(&self) {
+        self.inner.readers.close().await;
+        let (done, stopped) = oneshot::channel();
+        // A writer that is gone has nothing left to write.
+        if self.inner.writer.cast(WriterMessage::Stop { done }).is_ok() {
+            let _ = stopped.await;
+        }
+    }
+
+    fn read_error(&self, source: sqlx::Error) -> ReadError {
+        let file = self.inner.file.to_string();
+        match sqlite::trouble(&source) {
+            Trouble::Corrupt => ReadError::Corrupt { file, source },
+            _ => ReadError::Sqlite { file, source },
+        }
+    }
+}

@@ -1,0 +1,52 @@
+//! SQLite files as Kuma uses them: the only crate with SQL in it. It sees sealed bytes only.
+//!
+//! - [`DataDir`]: the lock and the identity of a data directory.
+//! - [`Shard`]: one file, one writer. [`Submission`]s go in, and are settled once durable; rows come out verified.
+//! - [`KeyStore`]: the wrapped keys, in a file of their own.
+//!
+//! A database is written by one ractor actor that groups what gathers while a commit is in flight (`writer`), is copied from its
+//! log beside it (`checkpointer`), and is compared with its watermark at open (`watermark`). See docs/architecture.md.
+
+mod activation;
+mod book;
+mod budget;
+mod checkpointer;
+mod data_dir;
+mod entity_row;
+mod error;
+mod ids;
+mod keys;
+mod log_book;
+mod open;
+mod progress;
+mod row_hash;
+mod schema;
+mod shard;
+mod slots;
+mod sqlite;
+mod verify;
+mod watermark;
+mod writer;
+
+pub use activation::Activation;
+pub use budget::{Budget, Permit};
+pub use data_dir::{DataDir, DataDirError, STORE_FORMAT};
+pub use entity_row::EntityRow;
+pub use error::{CommitError, NotWritten, OpenError, ReadError};
+pub use ids::{CopyId, DiskId, EntityHash, Epoch, SLOTS, Slot};
+pub use keys::{KeyRow, KeyStore, KeysReport};
+pub use log_book::{Commit, OnSettled, Submission};
+pub use row_hash::Digest;
+pub use schema::FORMAT;
+pub use shard::{LogRow, Shard, ShardOptions};
+pub use sqlite::{Durability, FileOptions, missing_build_settings};
+pub use verify::ShardReport;
+pub use watermark::WATERMARK_DELAY;
+pub(crate) use writer::WriterStats;
+pub use writer::StatsView;
+
+/// The first eight bytes of a hash, as SQLite stores an integer.
+pub(crate) fn first_eight(hash: &[u8; 32]) -> i64 {
+    let [a, b, c, d, e, f, g, h, ..] = *hash;
+    i64::from_le_bytes([a, b, c, d, e, f, g, h])
+}

@@ -1,0 +1,418 @@
+//! The book of a shard: entities and the log of their commits.
+//!
+//! Invariants:
+//! - One row is one commit. Rows are only ever added.
+//! - `position` and `seq` are assigned here, in the order of the group, and only kept if the group is.
+//! - A commit is written only under an owned slot, under an activation that is not void, and as the version that follows.
+//! - One commit that cannot be written fails alone, with the later ones of its activation.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::{Arc, LazyLock},
+};
+
+use sqlx::{Sqlite, SqliteConnection, query::Query, sqlite::SqliteArguments};
+
+use crate::{
+    Activation, CommitError, Digest, EntityRow, NotWritten, Slot,
+    book::{Book, Progress, Size},
+    row_hash::{RowFields, RowHash},
+    slots::{self, Ownership, SlotImage},
+    sqlite::{self, Trouble},
+};
+
+/// The events of one append, sealed.
+#[derive(Debug)]
+pub struct Commit {
+    /// The entity: number, slot, hash and key must be those of its row.
+    pub entity: Arc<EntityRow>,
+    /// Whether the entity's row has to be written first: this is its first commit.
+    pub create: bool,
+    /// The version of the first event.
+    pub first_version: u64,
+    /// How many events.
+    pub count: u32,
+    /// Microseconds since 1970; never less than the entity's commit before.
+    pub at_us: i64,
+    /// The keyed hash of the caller's idempotency key.
+    pub append_key: Option<Vec<u8>>,
+    /// The sealed events.
+    pub body: Vec<u8>,
+}
+
+impl Commit {
+    fn last_version(&self) -> u64 {
+        self.first_version + u64::from(self.count) - 1
+    }
+}
+
+/// Whoever waits for a submission is told through this, exactly once.
+pub type OnSettled = Box<dyn FnOnce(Result<(), CommitError>) + Send>;
+
+/// Something handed to a shard's writer.
+pub struct Submission {
+    /// What it was decided in.
+    pub activation: Arc<Activation>,
+    /// The commit, or none for a barrier: a barrier is settled when all that was submitted before it is, and with an error if that
+    /// voided its activation.
+    pub commit: Option<Commit>,
+    /// Told when it is settled.
+    pub on_settled: OnSettled,
+}
+
+/// A submission on its way, with the reason why it alone was refused.
+pub(crate) struct LogEntry {
+    submission: Submission,
+    refusal: Option<NotWritten>,
+}
+
+impl LogEntry {
+    /// Settles an entry that never reached its writer.
+    pub(crate) fn refuse(self, error: CommitError) {
+        self.submission.activation.void();
+        (self.submission.on_settled)(Err(error));
+    }
+}
+
+impl From<Submission> for LogEntry {
+    fn from(submission: Submission) -> Self {
+        LogEntry { submission, refusal: None }
+    }
+}
+
+/// What a group changes, until it is known to be durable.
+struct Staged {
+    slots: BTreeMap<usize, SlotImage>,
+    next_position: u64,
+    digest: Digest,
+    marks: bool,
+}
+
+pub(crate) struct LogBook {
+    file: Arc<str>,
+    shards: u16,
+    slots: Vec<SlotImage>,
+    /// Slots that changed since the mark.
+    dirty: BTreeSet<usize>,
+    next_position: u64,
+    mark_position: u64,
+    digest: Digest,
+    marks_due: bool,
+    staged: Option<Staged>,
+}
+
+impl LogBook {
+    /// The book of a shard whose slots are as of `progress`, except for those in `dirty`, which were folded in.
+    pub(crate) fn new(
+        file: Arc<str>,
+        shards: u16,
+        slots: Vec<SlotImage>,
+        dirty: BTreeSet<usize>,
+        progress: Progress,
+    ) -> Self {
+        let Progress { next_position, mark_position, digest } = progress;
+        LogBook { file, shards, slots, dirty, next_position, mark_position, digest, marks_due: false, staged: None }
+    }
+
+    fn stage(&mut self) -> &mut Staged {
+        let (next_position, digest) = (self.next_position, self.digest);
+        self.staged.insert(Staged { slots: BTreeMap::new(), next_position, digest, marks: false })
+    }
+
+    fn image(&self, slot: Slot) -> Option<(usize, SlotImage)> {
+        let index = slots::index(slot, self.shards);
+        let staged = self.staged.as_ref().and_then(|staged| staged.slots.get(&index));
+        staged.or_else(|| self.slots.get(index)).filter(|image| image.slot == slot).map(|image| (index, *image))
+    }
+
+    /// Whether `entry` may be written after what is staged.
+    fn check(&self, entry: &LogEntry, poisoned: &[usize]) -> Result<(), NotWritten> {
+        let Some(commit) = &entry.submission.commit else { return Ok(()) };
+        let activation = &entry.submission.activation;
+        if activation.is_voided() || poisoned.contains(&address(activation)) {
+            return Err(NotWritten::Voided);
+        }
+        let slot = commit.entity.slot;
+        if self.image(slot).is_none_or(|(_, image)| image.ownership != Ownership::Owned) {
+            return Err(NotWritten::NotOwner { slot });
+        }
+        let expected = activation.written() + 1;
+        if commit.first_version != expected || commit.count == 0 {
+            let detail = format!("version {} where {expected} is next", commit.first_version);
+            return Err(NotWritten::Conflict { file: self.file.to_string(), detail });
+        }
+        Ok(())
+    }
+
+    /// Assigns position and seq to a commit.
+    fn place(&mut self, commit: &Commit) -> Option<Place> {
+        let (index, mut image) = self.image(commit.entity.slot)?;
+        let staged = self.staged.as_mut()?;
+        let mut place = Place { position: staged.next_position, seq: image.next_seq, epoch: image.epoch.to_i64(), checksum: 0 };
+        let hash = RowHash::of(&RowFields {
+            slot: commit.entity.slot,
+            seq: place.seq,
+            id_hash: &commit.entity.id_hash.0,
+            key_id: &commit.entity.key_id,
+            version: commit.first_version,
+            count: commit.count,
+            at_us: commit.at_us,
+            epoch: image.epoch,
+            append_key: commit.append_key.as_deref(),
+            body: &commit.body,
+        });
+        place.checksum = hash.checksum();
+        staged.next_position += 1;
+        staged.digest.add(&hash);
+        image.next_seq += 1;
+        image.len += 1;
+        image.digest.add(&hash);
+        staged.slots.insert(index, image);
+        Some(place)
+    }
+
+    /// The usual way: all rows in as few statements as possible.
+    async fn write_together(&mut self, connection: &mut SqliteConnection, group: &mut [LogEntry]) -> sqlx::Result<()> {
+        self.stage();
+        let mut poisoned = Vec::new();
+        let mut places = Vec::with_capacity(group.len());
+        for entry in group.iter_mut() {
+            match self.check(entry, &poisoned) {
+                Ok(()) => {
+                    let Some(commit) = &entry.submission.commit else { continue };
+                    places.extend(self.place(commit));
+                    entry.submission.activation.set_written(commit.last_version());
+                }
+                Err(refusal) => {
+                    poisoned.push(address(&entry.submission.activation));
+                    entry.refusal = Some(refusal);
+                }
+            }
+        }
+        let commits: Vec<&Commit> =
+            group.iter().filter(|entry| entry.refusal.is_none()).filter_map(|entry| entry.submission.commit.as_ref()).collect();
+        let created: Vec<&EntityRow> = commits.iter().filter(|commit| commit.create).map(|commit| &*commit.entity).collect();
+        ENTITY.insert(connection, &created, |query, entity| bind_entity(query, entity)).await?;
+        let rows: Vec<(&Commit, &Place)> = commits.into_iter().zip(&places).collect();
+        LOG.insert(connection, &rows, |query, (commit, place)| bind_commit(query, commit, place)).await
+    }
+
+    /// The way to find out which commit of a group does not fit: each in a savepoint of its own.
+    async fn write_one_by_one(&mut self, connection: &mut SqliteConnection, group: &mut [LogEntry]) -> sqlx::Result<()> {
+        self.stage();
+        let mut poisoned = Vec::new();
+        for entry in group.iter_mut().filter(|entry| entry.refusal.is_none()) {
+            let Some(commit) = &entry.submission.commit else { continue };
+            if poisoned.contains(&address(&entry.submission.activation)) {
+                entry.refusal = Some(NotWritten::Voided);
+                continue;
+            }
+            let before = self.staged.as_ref().map(|staged| (staged.next_position, staged.digest));
+            let slot_before = self.image(commit.entity.slot);
+            let Some(place) = self.place(commit) else { continue };
+            execute(connection, "SAVEPOINT one").await?;
+            let written = async {
+                if commit.create {
+                    ENTITY.insert(connection, &[&*commit.entity], |query, entity| bind_entity(query, entity)).await?;
+                }
+                LOG.insert(connection, &[(commit, &place)], |query, (commit, place)| bind_commit(query, commit, place)).await
+            }
+            .await;
+            match written {
+                Ok(()) => execute(connection, "RELEASE one").await?,
+                Err(error) if sqlite::trouble(&error) == Trouble::Constraint => {
+                    execute(connection, "ROLLBACK TO one").await?;
+                    execute(connection, "RELEASE one").await?;
+                    if let (Some(staged), Some((position, digest)), Some((index, image))) = (&mut self.staged, before, slot_before) {
+                        staged.next_position = position;
+                        staged.digest = digest;
+                        staged.slots.insert(index, image);
+                    }
+                    poisoned.push(address(&entry.submission.activation));
+                    entry.refusal = Some(NotWritten::Conflict { file: self.file.to_string(), detail: sqlite::detail(&error) });
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    async fn write_marks(&mut self, connection: &mut SqliteConnection) -> sqlx::Result<()> {
+        let Some(staged) = &mut self.staged else { return Ok(()) };
+        let changed: BTreeSet<usize> = self.dirty.iter().chain(staged.slots.keys()).copied().collect();
+        let images = changed.iter().filter_map(|index| staged.slots.get(index).or_else(|| self.slots.get(*index)));
+        slots::store(connection, images).await?;
+        staged.marks = true;
+        Ok(())
+    }
+}
+
+impl Book for LogBook {
+    type Entry = LogEntry;
+
+    fn size(entry: &LogEntry) -> Size {
+        entry.submission.commit.as_ref().map_or(Size::default(), |commit| Size {
+            bytes: commit.body.len() + 128,
+            events: commit.count as usize,
+        })
+    }
+
+    fn has_work(&self, group: &[LogEntry]) -> bool {
+        let marks = self.marks_due && !self.dirty.is_empty();
+        marks || group.iter().any(|entry| entry.submission.commit.is_some() && !entry.submission.activation.is_voided())
+    }
+
+    async fn write(&mut self, connection: &mut SqliteConnection, group: &mut [LogEntry]) -> sqlx::Result<()> {
+        match self.write_together(connection, group).await {
+            Err(error) if sqlite::trouble(&error) == Trouble::Constraint => {
+                execute(connection, "ROLLBACK").await?;
+                execute(connection, "BEGIN IMMEDIATE").await?;
+                self.write_one_by_one(connection, group).await?;
+            }
+            other => other?,
+        }
+        if self.marks_due {
+            self.write_marks(connection).await?;
+        }
+        Ok(())
+    }
+
+    fn request_marks(&mut self) {
+        self.marks_due = true;
+    }
+
+    fn progress(&self) -> Progress {
+        match &self.staged {
+            None => Progress { next_position: self.next_position, mark_position: self.mark_position, digest: self.digest },
+            Some(staged) => Progress {
+                next_position: staged.next_position,
+                mark_position: if staged.marks { staged.next_position - 1 } else { self.mark_position },
+                digest: staged.digest,
+            },
+        }
+    }
+
+    fn keep(&mut self) {
+        let progress = self.progress();
+        let Some(staged) = self.staged.take() else { return };
+        self.next_position = progress.next_position;
+        self.mark_position = progress.mark_position;
+        self.digest = progress.digest;
+        self.dirty.extend(staged.slots.keys());
+        for (index, image) in staged.slots {
+            if let Some(slot) = self.slots.get_mut(index) {
+                *slot = image;
+            }
+        }
+        if staged.marks {
+            self.marks_due = false;
+            self.dirty.clear();
+        }
+    }
+
+    fn drop_staged(&mut self) {
+        self.staged = None;
+    }
+
+    fn settle(&mut self, entry: LogEntry, outcome: Result<(), CommitError>) {
+        let LogEntry { submission: Submission { activation, commit, on_settled }, refusal } = entry;
+        let result = match (refusal, outcome) {
+            // Refused for a reason of its own; it was not written whatever became of the group.
+            (Some(refusal), _) => Err(CommitError::NotWritten(refusal)),
+            (None, Err(error)) if commit.is_some() => Err(error),
+            (None, _) if activation.is_voided() => Err(NotWritten::Voided.into()),
+            (None, _) => Ok(()),
+        };
+        match (&result, &commit) {
+            (Ok(()), Some(commit)) => activation.commit(commit.last_version()),
+            (Err(_), Some(_)) => activation.void(),
+            (_, None) => {}
+        }
+        on_settled(result);
+    }
+}
+
+/// Names an activation within one group, in which it is held alive.
+fn address(activation: &Arc<Activation>) -> usize {
+    Arc::as_ptr(activation).addr()
+}
+
+/// Where a commit stands in its shard.
+struct Place {
+    position: u64,
+    seq: u64,
+    epoch: i64,
+    checksum: i64,
+}
+
+/// Multi-row inserts in a few fixed sizes, so that the statements stay prepared.
+struct BulkInsert {
+    statements: Vec<(usize, &'static str)>,
+}
+
+impl BulkInsert {
+    fn new(head: &str, columns: usize, sizes: &[usize]) -> Self {
+        let row = format!("({})", vec!["?"; columns].join(", "));
+        let statement = |rows: usize| &*format!("{head} VALUES {}", vec![row.as_str(); rows].join(", ")).leak();
+        BulkInsert { statements: sizes.iter().map(|rows| (*rows, statement(*rows))).collect() }
+    }
+
+    async fn insert<T>(
+        &self,
+        connection: &mut SqliteConnection,
+        mut rows: &[T],
+        bind: impl Fn(Bound, &T) -> Bound,
+    ) -> sqlx::Result<()> {
+        while !rows.is_empty() {
+            let Some((size, statement)) = self.statements.iter().find(|(size, _)| *size <= rows.len()) else { break };
+            let (now, later) = rows.split_at(*size);
+            now.iter().fold(sqlx::query(*statement), &bind).execute(&mut *connection).await?;
+            rows = later;
+        }
+        Ok(())
+    }
+}
+
+type Bound = Query<'static, Sqlite, SqliteArguments>;
+
+static ENTITY: LazyLock<BulkInsert> = LazyLock::new(|| {
+    let head = "INSERT INTO entity(eid, copy, slot, kind, id_hash, sealed_id, key_id, created_at, erased_at, checksum)";
+    BulkInsert::new(head, 10, &[32, 8, 1])
+});
+static LOG: LazyLock<BulkInsert> = LazyLock::new(|| {
+    let head = "INSERT INTO log(position, slot, seq, eid, version, count, at, epoch, append_key, checksum, body)";
+    BulkInsert::new(head, 11, &[128, 32, 8, 1])
+});
+
+fn bind_entity(query: Bound, entity: &EntityRow) -> Bound {
+    query
+        .bind(entity.eid)
+        .bind(entity.copy.0.to_vec())
+        .bind(i64::from(entity.slot.number()))
+        .bind(entity.kind.clone())
+        .bind(entity.id_hash.0.to_vec())
+        .bind(entity.sealed_id.clone())
+        .bind(entity.key_id.to_vec())
+        .bind(entity.created_at_us)
+        .bind(entity.erased_at_us)
+        .bind(entity.checksum())
+}
+
+fn bind_commit(query: Bound, commit: &Commit, place: &Place) -> Bound {
+    query
+        .bind(place.position.cast_signed())
+        .bind(i64::from(commit.entity.slot.number()))
+        .bind(place.seq.cast_signed())
+        .bind(commit.entity.eid)
+        .bind(commit.first_version.cast_signed())
+        .bind(i64::from(commit.count))
+        .bind(commit.at_us)
+        .bind(place.epoch)
+        .bind(commit.append_key.clone())
+        .bind(place.checksum)
+        .bind(commit.body.clone())
+}
+
+async fn execute(connection: &mut SqliteConnection, statement: &'static str) -> sqlx::Result<()> {
+    sqlx::query(statement).execute(connection).await.map(|_| ())
+}

@@ -1,0 +1,393 @@
+//! A shard: one SQLite file, one writer, a few readers.
+
+use std::{
+    collections::BTreeSet,
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicI64, Ordering::Relaxed},
+    },
+};
+
+use futures_util::TryStreamExt;
+use ractor::{Actor, ActorCell, ActorRef};
+use sqlx::{Row, SqliteConnection, SqlitePool, sqlite::SqliteRow};
+use tokio::sync::oneshot;
+
+use crate::{
+    Budget, CommitError, CopyId, DiskId, EntityHash, EntityRow, Epoch, FileOptions, NotWritten, OpenError, ReadError, Slot,
+    StatsView, Submission, WriterStats,
+    book::{Book, Progress},
+    log_book::{LogBook, LogEntry},
+    open::FileSpec,
+    row_hash::{RowFields, RowHash},
+    schema::Role,
+    slots::{self, SlotImage},
+    sqlite::{self, Trouble},
+    writer::{Writer, WriterArguments, WriterMessage},
+};
+
+/// Connections that read a shard. More only add threads: a page of rows is read in well under a millisecond.
+const READERS: u32 = 2;
+
+/// What it takes to open a shard.
+#[derive(Clone, Debug)]
+pub struct ShardOptions {
+    /// The number of the shard.
+    pub number: u16,
+    /// How many shards the store has; fixed at creation.
+    pub shards: u16,
+    /// The store's data directory.
+    pub directory: std::path::PathBuf,
+    /// The data directory's identity.
+    pub disk_id: DiskId,
+    /// How files are opened.
+    pub file: FileOptions,
+    /// How many bytes may wait for the disk.
+    pub queue_bytes_max: usize,
+}
+
+impl ShardOptions {
+    fn spec(&self) -> FileSpec {
+        FileSpec {
+            path: self.directory.join(file_name(self.number)),
+            role: Role::Shard(self.number),
+            disk_id: self.disk_id,
+            options: self.file.clone(),
+        }
+    }
+}
+
+/// The file of shard `number`.
+pub(crate) fn file_name(number: u16) -> String {
+    format!("shard-{number:03}.db")
+}
+
+/// A row of the log, whole and unaltered: its checksum was verified.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LogRow {
+    /// Place in the shard's log.
+    pub position: u64,
+    /// The slot.
+    pub slot: Slot,
+    /// Place in the slot's log.
+    pub seq: u64,
+    /// The version of the first event.
+    pub version: u64,
+    /// How many events.
+    pub count: u32,
+    /// Microseconds since 1970.
+    pub at_us: i64,
+    /// The token under which it was written.
+    pub epoch: Epoch,
+    /// The keyed hash of the caller's idempotency key.
+    pub append_key: Option<Vec<u8>>,
+    /// The sealed events.
+    pub body: Vec<u8>,
+}
+
+/// An open shard. Cheap to clone.
+#[derive(Clone)]
+pub struct Shard {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    number: u16,
+    file: Arc<str>,
+    writer: ActorRef<WriterMessage<LogBook>>,
+    readers: SqlitePool,
+    stats: Arc<WriterStats>,
+    budget: Arc<Budget>,
+    next_eid: AtomicI64,
+}
+
+impl Shard {
+    /// Makes the file of a new shard, with a token for each of its slots.
+    ///
+    /// # Errors
+    /// The file exists or cannot be written.
+    pub async fn create(options: &ShardOptions) -> Result<(), OpenError> {
+        let images: Vec<SlotImage> = slots::slots_of(options.number, options.shards).map(SlotImage::genesis).collect();
+        options.spec().create(async |connection| slots::store(connection, images.iter()).await).await
+    }
+
+    /// Opens the shard and starts its writer under `supervisor`.
+    ///
+    /// # Errors
+    /// Whatever makes the file unfit to be served; it is left as it was.
+    pub async fn open(options: &ShardOptions, supervisor: ActorCell) -> Result<Self, OpenError> {
+        let spec = options.spec();
+        let file = sqlite::file_name(&spec.path);
+        let mut opened = spec.open().await?;
+        let (book, next_eid) = load(&spec, options, &mut opened.connection, &opened.stored.progress, &file).await?;
+        if opened.witnessed.is_some_and(|digest| digest != book.progress().digest) {
+            return Err(spec.damaged("the digest of its rows is not the one in its watermark"));
+        }
+        let stats = Arc::new(WriterStats::default());
+        let arguments = WriterArguments {
+            checkpointer: spec.connect_checkpointer().await?,
+            options: options.file.clone(),
+            disk_id: options.disk_id,
+            connection: opened.connection,
+            watermark: opened.watermark,
+            commits: opened.stored.commits,
+            book,
+            stats: stats.clone(),
+            path: spec.path.clone(),
+        };
+        let (writer, _) = Actor::spawn_linked(None, Writer::new(), arguments, supervisor)
+            .await
+            .map_err(|error| OpenError::Io { path: spec.path.clone(), source: std::io::Error::other(error.to_string()) })?;
+        let inner = Inner {
+            number: options.number,
+            file,
+            writer,
+            readers: sqlite::reader_pool(&spec.path, &options.file, READERS),
+            stats,
+            budget: Budget::new(options.queue_bytes_max),
+            next_eid: AtomicI64::new(next_eid),
+        };
+        Ok(Shard { inner: Arc::new(inner) })
+    }
+
+    /// The number of the shard.
+    pub fn number(&self) -> u16 {
+        self.inner.number
+    }
+
+    /// The name of the file, for messages.
+    pub fn file(&self) -> &str {
+        &self.inner.file
+    }
+
+    /// Bounds the bytes that wait for the disk. Take a permit before submitting, and drop it when settled.
+    pub fn budget(&self) -> &Arc<Budget> {
+        &self.inner.budget
+    }
+
+    /// A number for a new entity, never given before. One that is not used is no loss.
+    pub fn allocate_eid(&self) -> i64 {
+        self.inner.next_eid.fetch_add(1, Relaxed)
+    }
+
+    /// Hands `submission` to the writer. It is settled in the order of submission, once.
+    pub fn submit(&self, submission: Submission) {
+        let message = WriterMessage::Submit(LogEntry::from(submission));
+        if let Err(ractor::MessagingErr::SendErr(WriterMessage::Submit(entry))) = self.inner.writer.cast(message) {
+            entry.refuse(CommitError::NotWritten(NotWritten::Stopping));
+        }
+    }
+
+    /// Numbers about the writer.
+    pub fn stats(&self) -> StatsView {
+        self.inner.stats.view()
+    }
+
+    /// The entity with this hash, if it was ever written.
+    ///
+    /// # Errors
+    /// The file cannot be read, or the row is damaged.
+    pub async fn find_entity(&self, copy: CopyId, id_hash: EntityHash) -> Result<Option<EntityRow>, ReadError> {
+        self.check_readable()?;
+        let row = sqlx::query("SELECT * FROM entity WHERE copy = ? AND id_hash = ?")
+            .bind(copy.0.to_vec())
+            .bind(id_hash.0.to_vec())
+            .fetch_optional(&self.inner.readers)
+            .await
+            .map_err(|error| self.read_error(error))?;
+        let Some(row) = row else { return Ok(None) };
+        let entity = EntityRow::from_row(&row).map_err(|error| self.read_error(error))?;
+        entity.map(Some).ok_or_else(|| self.bad_row(0, "the row of an entity does not match its checksum"))
+    }
+
+    /// Commits of `entity` whose first version is above `after`, oldest first, at most `rows_max` of them.
+    ///
+    /// # Errors
+    /// The file cannot be read, or a row is damaged.
+    pub async fn read_log(&self, entity: &EntityRow, after: u64, rows_max: u32) -> Result<Vec<LogRow>, ReadError> {
+        self.check_readable()?;
+        let rows = sqlx::query("SELECT * FROM log WHERE eid = ? AND version > ? ORDER BY version LIMIT ?")
+            .bind(entity.eid)
+            .bind(after.cast_signed())
+            .bind(rows_max)
+            .fetch_all(&self.inner.readers)
+            .await
+            .map_err(|error| self.read_error(error))?;
+        rows.iter().map(|row| self.log_row(row, entity)).collect()
+    }
+
+    /// Entities in the order of their numbers, above `after`, at most `rows_max` of them. A damaged row stands as its number alone.
+    ///
+    /// # Errors
+    /// The file cannot be read.
+    pub async fn entities(&self, after: i64, rows_max: u32) -> Result<Vec<Result<EntityRow, i64>>, ReadError> {
+        self.check_readable()?;
+        let rows = sqlx::query("SELECT * FROM entity WHERE eid > ? ORDER BY eid LIMIT ?")
+            .bind(after)
+            .bind(rows_max)
+            .fetch_all(&self.inner.readers)
+            .await
+            .map_err(|error| self.read_error(error))?;
+        let read = |row: &SqliteRow| -> sqlx::Result<Result<EntityRow, i64>> {
+            let eid = row.try_get("eid")?;
+            Ok(EntityRow::from_row(row)?.ok_or(eid))
+        };
+        rows.iter().map(|row| read(row).map_err(|error| self.read_error(error))).collect()
+    }
+
+    /// Stops the writer: what was submitted is written first, then the file is closed.
+    pub async fn stop(&self) {
+        self.inner.readers.close().await;
+        let (done, stopped) = oneshot::channel();
+        // A writer that is gone has nothing left to write.
+        if self.inner.writer.cast(WriterMessage::Stop { done }).is_ok() {
+            let _ = stopped.await;
+        }
+    }
+
+    pub(crate) fn readers(&self) -> &SqlitePool {
+        &self.inner.readers
+    }
+
+    pub(crate) fn writer(&self) -> &ActorRef<WriterMessage<LogBook>> {
+        &self.inner.writer
+    }
+
+    fn check_readable(&self) -> Result<(), ReadError> {
+        if self.inner.stats.suspect.load(Relaxed) {
+            return Err(ReadError::Closed { file: self.inner.file.to_string() });
+        }
+        Ok(())
+    }
+
+    pub(crate) fn read_error(&self, source: sqlx::Error) -> ReadError {
+        let file = self.inner.file.to_string();
+        match sqlite::trouble(&source) {
+            Trouble::Corrupt => ReadError::Corrupt { file, source },
+            _ => ReadError::Sqlite { file, source },
+        }
+    }
+
+    pub(crate) fn bad_row(&self, position: u64, detail: impl Into<String>) -> ReadError {
+        ReadError::BadRow { file: self.inner.file.to_string(), position, detail: detail.into() }
+    }
+
+    fn log_row(&self, row: &SqliteRow, entity: &EntityRow) -> Result<LogRow, ReadError> {
+        let (row, hash, checksum) = parse(row, entity).map_err(|error| self.read_error(error))?;
+        if hash.checksum() != checksum {
+            return Err(self.bad_row(row.position, "it does not match its checksum"));
+        }
+        Ok(row)
+    }
+}
+
+/// Reads a row of the log together with the hash that it should have.
+pub(crate) fn parse(row: &SqliteRow, entity: &EntityRow) -> sqlx::Result<(LogRow, RowHash, i64)> {
+    let number = |name| row.try_get::<i64, _>(name).map(i64::cast_unsigned);
+    let log_row = LogRow {
+        position: number("position")?,
+        slot: Slot::new(number("slot")?),
+        seq: number("seq")?,
+        version: number("version")?,
+        count: number("count")? as u32,
+        at_us: row.try_get("at")?,
+        epoch: Epoch::from_i64(row.try_get("epoch")?),
+        append_key: row.try_get("append_key")?,
+        body: row.try_get("body")?,
+    };
+    let hash = RowHash::of(&RowFields {
+        slot: log_row.slot,
+        seq: log_row.seq,
+        id_hash: &entity.id_hash.0,
+        key_id: &entity.key_id,
+        version: log_row.version,
+        count: log_row.count,
+        at_us: log_row.at_us,
+        epoch: log_row.epoch,
+        append_key: log_row.append_key.as_deref(),
+        body: &log_row.body,
+    });
+    Ok((log_row, hash, row.try_get("checksum")?))
+}
+
+/// Reads the slots as of the mark and folds in the rows behind it.
+async fn load(
+    spec: &FileSpec,
+    options: &ShardOptions,
+    connection: &mut SqliteConnection,
+    progress: &Progress,
+    file: &Arc<str>,
+) -> Result<(LogBook, i64), OpenError> {
+    let loaded = slots::load(connection, options.number, options.shards).await.map_err(|error| spec.read_failed(error))?;
+    let mut images = loaded.map_err(|detail| spec.damaged(detail))?;
+    let dirty = fold_tail(spec, connection, progress, &mut images, options.shards).await?;
+    let mut digest = crate::Digest::default();
+    images.iter().for_each(|image| digest.add_digest(&image.digest));
+    if digest != progress.digest {
+        return Err(spec.damaged("the digest of its rows is not the one that was committed"));
+    }
+    let row = sqlx::query("SELECT coalesce(max(eid), 0) FROM entity").fetch_one(connection).await;
+    let newest: i64 = row.and_then(|row| row.try_get(0)).map_err(|error| spec.read_failed(error))?;
+    Ok((LogBook::new(file.clone(), options.shards, images, dirty, *progress), newest + 1))
+}
+
+async fn fold_tail(
+    spec: &FileSpec,
+    connection: &mut SqliteConnection,
+    progress: &Progress,
+    images: &mut [SlotImage],
+    shards: u16,
+) -> Result<BTreeSet<usize>, OpenError> {
+    let mut dirty = BTreeSet::new();
+    let mut next = progress.mark_position + 1;
+    let mut rows = sqlx::query(
+        "SELECT log.position, log.slot, log.seq, log.version, log.count, log.at, log.epoch, log.append_key, log.body, log.checksum,
+                entity.id_hash, entity.key_id
+         FROM log LEFT JOIN entity USING (eid) WHERE position > ? ORDER BY position",
+    )
+    .bind(progress.mark_position.cast_signed())
+    .fetch(connection);
+    while let Some(row) = rows.try_next().await.map_err(|error| spec.read_failed(error))? {
+        let (row, hash, checksum) = parse_tail(&row).map_err(|error| spec.read_failed(error))?;
+        let index = slots::index(row.slot, shards);
+        let image = images.get_mut(index).filter(|image| image.slot == row.slot && image.next_seq == row.seq);
+        let (Some(image), true, true) = (image, hash.checksum() == checksum, row.position == next) else {
+            return Err(spec.damaged(format!("the row at position {next} is damaged or missing")));
+        };
+        image.next_seq += 1;
+        image.len += 1;
+        image.digest.add(&hash);
+        dirty.insert(index);
+        next += 1;
+    }
+    if next != progress.next_position {
+        return Err(spec.damaged(format!("its log ends before position {next}, expected {}", progress.next_position)));
+    }
+    Ok(dirty)
+}
+
+fn parse_tail(row: &SqliteRow) -> sqlx::Result<(LogRow, RowHash, i64)> {
+    // Only hash and key matter for a row's hash; the rest of the entity is looked at when it is used.
+    let bytes = |name| -> sqlx::Result<[u8; 16]> {
+        let found: Vec<u8> = row.try_get(name)?;
+        found.try_into().map_err(|_| sqlx::Error::Decode("16 bytes expected".into()))
+    };
+    let entity = EntityRow {
+        eid: 0,
+        copy: CopyId::GENESIS,
+        slot: Slot::new(0),
+        kind: String::new(),
+        id_hash: EntityHash(bytes("id_hash")?),
+        sealed_id: Vec::new(),
+        key_id: bytes("key_id")?,
+        created_at_us: 0,
+        erased_at_us: None,
+    };
+    parse(row, &entity)
+}
+
+/// Whether the shard's file exists in `directory`.
+pub(crate) fn exists(directory: &Path, number: u16) -> bool {
+    directory.join(file_name(number)).exists()
+}
