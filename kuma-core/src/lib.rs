@@ -1,1 +1,76 @@
-//! kuma-core
+//! Kuma, embedded: an event store in which each entity is one actor, and each change an immutable event that is sealed with the
+//! entity's own key and on the disk before it is acknowledged.
+//!
+//! ```
+//! use kuma_core::{Entity, Kuma, Options, Version};
+//! use serde::{Deserialize, Serialize};
+//!
+//! #[derive(Default, Clone, Serialize, Deserialize)]
+//! struct Account { balance: i64 }
+//!
+//! #[derive(Serialize, Deserialize)]
+//! enum AccountEvent { Deposited { amount: i64 }, Withdrawn { amount: i64 } }
+//!
+//! impl Entity for Account {
+//!     const KIND: &'static str = "account";
+//!     type Event = AccountEvent;
+//!     fn apply(&mut self, event: &AccountEvent) {
+//!         match event {
+//!             AccountEvent::Deposited { amount } => self.balance += amount,
+//!             AccountEvent::Withdrawn { amount } => self.balance -= amount,
+//!         }
+//!     }
+//! }
+//!
+//! # #[tokio::main]
+//! # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # let dir = tempfile::tempdir()?;
+//! # let path = dir.path();
+//! let kuma = Kuma::start(Options::new(path)).await?;
+//! let account = kuma.entity::<Account>("acc_001");
+//! account.append(AccountEvent::Deposited { amount: 1000 }).await?; // on the disk when it returns
+//! let version = account.append(AccountEvent::Withdrawn { amount: 200 }).expecting(Version(1)).await?;
+//! assert_eq!((account.read().await?.balance, version), (800, Version(2)));
+//! kuma.shutdown().await;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! What is promised: docs/guarantees.md. How it is built: docs/architecture.md.
+
+mod actor;
+mod body;
+mod shard_core;
+mod entity;
+mod error;
+mod handle;
+mod identity;
+mod kind;
+mod live;
+mod options;
+mod replay;
+mod reply;
+mod restart;
+mod root;
+mod store;
+mod supervisor;
+mod vault;
+mod verify;
+
+pub use entity::{Entity, Metadata, NewEvent, RecordedEvent, Version};
+pub use error::{AppendError, ReadError, Refused, ReplayError, StartError, Unavailable, VaultError};
+pub use handle::{Append, Current, Handle, Pending, RawHandle};
+pub use identity::slot_of;
+pub use kuma_crypto::{LocalMasterKey, MasterKey, MasterKeyError};
+pub use kuma_shard::{
+    CommitError, DataDirError, Durability, EntityHash, NotWritten, OpenError, ShardReport, Slot, StatsView,
+};
+pub use options::{MasterKeySource, Options};
+pub use store::{Kuma, ShardStats, Stats};
+pub use verify::{ShardVerification, Verification};
+
+/// Microseconds since 1970; what lies before is 0.
+pub(crate) fn micros(at: std::time::SystemTime) -> i64 {
+    let since = at.duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since.as_micros()).unwrap_or(i64::MAX)
+}

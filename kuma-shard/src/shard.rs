@@ -217,6 +217,20 @@ impl Shard {
         rows.iter().map(|row| self.log_row(row, entity)).collect()
     }
 
+    /// The first version of the newest commit that begins at or below `version`; 0 if there is none.
+    ///
+    /// # Errors
+    /// The file cannot be read.
+    pub async fn commit_before(&self, entity: &EntityRow, version: u64) -> Result<u64, ReadError> {
+        self.check_readable()?;
+        let row = sqlx::query("SELECT coalesce(max(version), 0) FROM log WHERE eid = ? AND version <= ?")
+            .bind(entity.eid)
+            .bind(i64::try_from(version).unwrap_or(i64::MAX))
+            .fetch_one(&self.inner.readers)
+            .await;
+        row.and_then(|row| row.try_get::<i64, _>(0)).map(i64::cast_unsigned).map_err(|error| self.read_error(error))
+    }
+
     /// Entities in the order of their numbers, above `after`, at most `rows_max` of them. A damaged row stands as its number alone.
     ///
     /// # Errors

@@ -144,6 +144,6 @@ mod tests {
 
     #[test]
     fn a_watermark_record_is_pinned_to_the_byte() {
-        assert_eq!(hex::encode(mark(258).encode()), "PINNED");
+        assert_eq!(hex::encode(mark(258).encode()), "4b574d310201000000000000070707070707070707070707070707070303030303030303030303030303030303030303030303030303030303030303159cc5bf");
     }
 }

@@ -80,10 +80,48 @@ async fn full_on_an_honest_disk_loses_nothing_that_was_acknowledged() {
         torn_writes += counts.torn_writes;
     }
     println!(
-        "{cuts} cuts, {acked} acked, 0 lost; {inside_commits} inside a commit, {inside_checkpoints} inside a checkpoint; \
-         {lost_writes} writes lost, {torn_writes} torn"
+        "{cuts} cuts, {acked} acked, 0 lost; {inside_commits} inside a commit, {inside_checkpoints} inside a \
+         checkpoint; {lost_writes} writes lost, {torn_writes} torn"
     );
     assert!(inside_commits > 0 && inside_checkpoints > 0 && lost_writes > 0 && torn_writes > 0, "the cuts hit nothing");
+}
+
+/// One file lives through many cuts, each on a disk of its own, some of them before recovery is done with the last one.
+#[tokio::test]
+async fn a_file_survives_cut_after_cut() {
+    let mut random = seed("cut_after_cut");
+    let directory = tempfile::tempdir().unwrap();
+    let options = oracle::options(&directory.path().join("shard.db"), SqliteSynchronous::Full);
+    let mut connection = options.clone().connect().await.unwrap();
+    oracle::create(&mut connection).await.unwrap();
+    connection.close().await.unwrap();
+    let mut oracle = Oracle { created: true, acked: 0 };
+    for life in 0..40 {
+        let power = PowerLoss::register(Disk::Honest);
+        power.cut_after(1 + roll(&mut random, if life % 2 == 0 { 8 } else { 150 }), roll(&mut random, 1 << 30));
+        let error = live(&options.clone().vfs(power.vfs_name().to_owned()), &mut oracle).await.unwrap_err();
+        assert!(power.is_cut(), "life {life}: {error}");
+    }
+    let found = oracle::judge(&options, &oracle).await.unwrap();
+    println!("40 cuts of one file: {} acked, {} present", oracle.acked, found.present);
+    assert_eq!(found.lost, []);
+}
+
+/// Opens the file, finds what was acknowledged and goes on from there, until the first error.
+async fn live(options: &SqliteConnectOptions, oracle: &mut Oracle) -> sqlx::Result<()> {
+    let mut connection = options.clone().connect().await?;
+    let present: i64 = sqlx::query_scalar("SELECT count(DISTINCT tx) FROM part").fetch_one(&mut connection).await?;
+    assert!(present >= oracle.acked, "{present} transactions of {} acknowledged ones are left", oracle.acked);
+    // One that was in flight may be seen now, but what is read after recovery is durable only with the next commit.
+    let mut next = present;
+    loop {
+        oracle::append(&mut connection, next).await?;
+        next += 1;
+        oracle.acked = next;
+        if next % 10 == 0 {
+            oracle::checkpoint(&mut connection, "RESTART").await?;
+        }
+    }
 }
 
 /// How many of 20 cuts lost something acknowledged, or left a file that SQLite cannot read.

@@ -47,7 +47,8 @@ impl Real {
         let file = Box::into_raw(vec![0_u64; words].into_boxed_slice()).cast::<ffi::sqlite3_file>();
         let mut real = Self { file, words };
         // SAFETY: `file` has szOsFile zeroed bytes, aligned to 8; the rest is as SQLite gave it.
-        result(unsafe { open(base, name, file, flags, out_flags) })?; // on an error the drop closes it only if it has methods
+        let opened = result(unsafe { open(base, name, file, flags, out_flags) });
+        opened?; // after an error, the drop calls xClose only if there are methods
         let mut no_mapping: ffi::sqlite3_int64 = 0;
         real.file_control(ffi::SQLITE_FCNTL_MMAP_SIZE, (&raw mut no_mapping).cast());
         Ok(real)

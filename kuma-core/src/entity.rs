@@ -1,0 +1,138 @@
+//! What a user writes: an entity's state and events.
+
+use std::{fmt, time::SystemTime};
+
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+
+use crate::Refused;
+
+/// A thing with a kind and an id, and a history of events that its state is folded from.
+///
+/// ```
+/// use kuma_core::Entity;
+/// use serde::{Deserialize, Serialize};
+///
+/// #[derive(Default, Clone, Serialize, Deserialize)]
+/// struct Account { balance: i64 }
+///
+/// #[derive(Serialize, Deserialize)]
+/// enum AccountEvent { Deposited { amount: i64 }, Closed }
+///
+/// impl Entity for Account {
+///     const KIND: &'static str = "account";
+///     type Event = AccountEvent;
+///     fn apply(&mut self, event: &AccountEvent) {
+///         match event {
+///             AccountEvent::Deposited { amount } => self.balance += amount,
+///             AccountEvent::Closed => self.balance = 0,
+///         }
+///     }
+/// }
+/// ```
+pub trait Entity: Default + Clone + Serialize + DeserializeOwned + Send + Sync + 'static {
+    /// The name of the kind: 1 to 64 ASCII letters, digits, `_`, `-` or `.`, starting with a letter. It is stored; never change it.
+    const KIND: &'static str;
+
+    /// The version of the events' shape. Stored with each event.
+    const SCHEMA: u32 = 1;
+
+    /// The facts. An enum in serde's default (externally tagged) form: a variant's name is the event's stored name.
+    type Event: Serialize + DeserializeOwned + Send + Sync + 'static;
+
+    /// Changes the state by one event. Pure and infallible: the same events always give the same state, on every node, for ever.
+    ///
+    /// Each event is applied twice: to the state that the next append is decided on, and to the durable state once it is on the
+    /// disk. A panic refuses the append; what cannot be replayed is never stored.
+    fn apply(&mut self, event: &Self::Event);
+
+    /// About how many bytes the state takes in memory. Counts against [`Options::memory_budget`](crate::Options::memory_budget).
+    fn memory_bytes(&self) -> usize {
+        size_of::<Self>()
+    }
+}
+
+/// How many events an entity has. The first event makes version 1.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Version(pub u64);
+
+impl fmt::Display for Version {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.0)
+    }
+}
+
+/// An event that is not stored yet, for handles that do not know its Rust type.
+#[derive(Clone, Debug, PartialEq)]
+pub struct NewEvent {
+    pub(crate) name: String,
+    pub(crate) schema: u32,
+    /// MessagePack.
+    pub(crate) data: Vec<u8>,
+}
+
+impl NewEvent {
+    /// An event with a JSON value as its data.
+    ///
+    /// # Errors
+    /// The value cannot be written as MessagePack.
+    pub fn json(name: impl Into<String>, data: &serde_json::Value) -> Result<Self, Refused> {
+        let name = name.into();
+        match rmp_serde::to_vec_named(data) {
+            Ok(data) => Ok(NewEvent { name, schema: 1, data }),
+            Err(error) => Err(Refused::Undecodable { event: name, detail: error.to_string() }),
+        }
+    }
+
+    /// An event with data that is MessagePack already. It is checked when it is appended.
+    pub fn message_pack(name: impl Into<String>, data: Vec<u8>) -> Self {
+        NewEvent { name: name.into(), schema: 1, data }
+    }
+
+    /// The version of the data's shape; 1 if not set.
+    pub fn schema(mut self, schema: u32) -> Self {
+        self.schema = schema;
+        self
+    }
+}
+
+/// A stored event, as it is read back.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RecordedEvent {
+    /// The entity's version that this event made.
+    pub version: Version,
+    /// The stored name.
+    pub name: String,
+    /// The version of the data's shape.
+    pub schema: u32,
+    /// When it was committed; the same for all events of one append, never less than that of the event before.
+    pub at: SystemTime,
+    /// What came with the append.
+    pub metadata: Option<Metadata>,
+    /// MessagePack.
+    pub data: Vec<u8>,
+}
+
+impl RecordedEvent {
+    /// The data as JSON.
+    ///
+    /// # Errors
+    /// The data has no JSON form (a map whose keys are not strings, say).
+    pub fn json(&self) -> Result<serde_json::Value, rmp_serde::decode::Error> {
+        rmp_serde::from_slice(&self.data)
+    }
+}
+
+/// What a caller wants to be kept beside the events of an append. Sealed with them.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Metadata {
+    /// Names the business transaction that the append is part of.
+    #[serde(rename = "c", default, skip_serializing_if = "Option::is_none")]
+    pub correlation: Option<String>,
+    /// Names what caused the append.
+    #[serde(rename = "a", default, skip_serializing_if = "Option::is_none")]
+    pub causation: Option<String>,
+    /// Anything else.
+    #[serde(rename = "h", default, skip_serializing_if = "Vec::is_empty")]
+    pub headers: Vec<(String, String)>,
+}

@@ -1,0 +1,327 @@
+//! Errors, by what a caller can do about them: refused (asking again is pointless), unknown (ask again with the same idempotency
+//! key, or look), unavailable (nothing was written; ask again later).
+
+use std::time::Duration;
+
+use kuma_crypto::MasterKeyError;
+use kuma_shard::{CommitError, DataDirError, EntityHash, NotWritten, OpenError};
+
+use crate::Version;
+
+/// The request itself cannot be granted. Nothing was written, and nothing will be however often it is repeated.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Refused {
+    /// The entity has moved on.
+    #[error("entity {entity} is at version {actual}, expected {expected}; nothing was written, read it again and decide anew")]
+    WrongVersion {
+        /// The entity.
+        entity: EntityHash,
+        /// The version that the caller expected.
+        expected: Version,
+        /// The version that it has.
+        actual: Version,
+    },
+    /// There is nothing to append.
+    #[error("an append needs at least one event")]
+    Empty,
+    /// One event is too large.
+    #[error("event {index} of the append has {bytes} bytes, the limit is {bytes_max}; split it, or keep large content elsewhere and append its name")]
+    EventTooLarge {
+        /// Place in the append, from 0.
+        index: u32,
+        /// Its encoded size.
+        bytes: usize,
+        /// The limit.
+        bytes_max: usize,
+    },
+    /// All events together are too large.
+    #[error("the append has at least {bytes} bytes, the limit is {bytes_max}; split it")]
+    AppendTooLarge {
+        /// The encoded size up to the event that was too much.
+        bytes: usize,
+        /// The limit.
+        bytes_max: usize,
+    },
+    /// Too many events.
+    #[error("the append has more than {events_max} events; split it")]
+    TooManyEvents {
+        /// The limit.
+        events_max: usize,
+    },
+    /// The id cannot be used.
+    #[error("the entity id is refused: {reason}; an id is 1 to 512 bytes of UTF-8")]
+    InvalidId {
+        /// What is wrong with it.
+        reason: &'static str,
+    },
+    /// The kind cannot be used.
+    #[error("the kind ({bytes} bytes) is refused; a kind is 1 to 64 ASCII letters, digits, '_', '-' or '.', starting with a letter")]
+    InvalidKind {
+        /// Its length.
+        bytes: usize,
+    },
+    /// An event cannot be read back from what would be written.
+    #[error("an event of {event} cannot be stored: {detail}")]
+    Undecodable {
+        /// The event's name, or its kind where it has none.
+        event: String,
+        /// Why.
+        detail: String,
+    },
+    /// `apply` panicked. The state is as it was before.
+    #[error("applying an event to entity {entity} panicked; nothing was written, mend the kind's `apply` or the event")]
+    ApplyPanicked {
+        /// The entity.
+        entity: EntityHash,
+    },
+    /// The kind is in use with another Rust type, or as a document.
+    #[error("the kind {kind} is in use with another type in this process; use one type for it")]
+    KindMismatch {
+        /// The kind.
+        kind: String,
+    },
+    /// The entity was erased.
+    #[error("entity {entity} was erased")]
+    Erased {
+        /// The entity.
+        entity: EntityHash,
+    },
+}
+
+/// It cannot be done now. Nothing was written; the same request may succeed later.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Unavailable {
+    /// More is waiting than is allowed to.
+    #[error("too much is waiting {place}; retry after {retry_after:?}")]
+    Overloaded {
+        /// "for entity ..." or "for shard ...".
+        place: String,
+        /// When to try again.
+        retry_after: Duration,
+    },
+    /// The disk refused, and that is certain.
+    #[error("entity {entity}: {cause}")]
+    NotWritten {
+        /// The entity.
+        entity: EntityHash,
+        /// What refused.
+        cause: NotWritten,
+    },
+    /// The shard's file was not fit to be opened.
+    #[error("shard {shard} is out of use since the store was opened: {why}")]
+    ShardOutOfUse {
+        /// The shard.
+        shard: u16,
+        /// Why.
+        why: String,
+    },
+    /// The entity cannot be rebuilt from what is stored.
+    #[error("entity {entity} cannot be read: {cause}")]
+    Unreadable {
+        /// The entity.
+        entity: EntityHash,
+        /// Why.
+        #[source]
+        cause: ReplayError,
+    },
+    /// The entity failed too often; its neighbours are not affected.
+    #[error("entity {entity} is quarantined ({why}); it is tried again after {retry_after:?}")]
+    Quarantined {
+        /// The entity.
+        entity: EntityHash,
+        /// What happened last.
+        why: String,
+        /// When it is tried again.
+        retry_after: Duration,
+    },
+    /// The entity's new key could not be made durable.
+    #[error("no key could be stored for entity {entity}; nothing was written")]
+    NoKey {
+        /// The entity.
+        entity: EntityHash,
+        /// Why.
+        #[source]
+        cause: VaultError,
+    },
+    /// The entity stopped while the request was waiting; nothing was done.
+    #[error("entity {entity} stopped before it came to the request; retry")]
+    Interrupted {
+        /// The entity.
+        entity: EntityHash,
+    },
+    /// The store is shutting down.
+    #[error("the store is shutting down")]
+    ShuttingDown,
+}
+
+/// Why an append failed.
+#[derive(Debug, thiserror::Error)]
+pub enum AppendError {
+    /// Nothing was written, and a retry is pointless.
+    #[error(transparent)]
+    Refused(#[from] Refused),
+    /// Nothing was written; a retry is safe.
+    #[error(transparent)]
+    Unavailable(#[from] Unavailable),
+    /// It may or may not have been written, all of it or none. Read the entity to find out.
+    #[error("the outcome of the append to entity {entity} is unknown ({detail}); read the entity before trying again")]
+    Unknown {
+        /// The entity.
+        entity: EntityHash,
+        /// What happened.
+        detail: String,
+    },
+}
+
+impl AppendError {
+    pub(crate) fn from_commit(entity: EntityHash, error: CommitError) -> Self {
+        match error {
+            CommitError::NotWritten(cause) => Unavailable::NotWritten { entity, cause }.into(),
+            CommitError::Unknown { detail, .. } => AppendError::Unknown { entity, detail },
+        }
+    }
+
+    /// Whether the same request can be repeated without any risk of doubling it, and with a chance.
+    pub fn is_retry_safe(&self) -> bool {
+        matches!(self, AppendError::Unavailable(_))
+    }
+}
+
+/// Why a read failed.
+#[derive(Debug, thiserror::Error)]
+pub enum ReadError {
+    /// The request cannot be granted.
+    #[error(transparent)]
+    Refused(#[from] Refused),
+    /// It cannot be done now.
+    #[error(transparent)]
+    Unavailable(#[from] Unavailable),
+}
+
+impl From<ReadError> for AppendError {
+    fn from(error: ReadError) -> Self {
+        match error {
+            ReadError::Refused(refused) => refused.into(),
+            ReadError::Unavailable(unavailable) => unavailable.into(),
+        }
+    }
+}
+
+/// Why an entity could not be rebuilt from its events.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ReplayError {
+    /// The shard's file.
+    #[error(transparent)]
+    Storage(#[from] kuma_shard::ReadError),
+    /// The key.
+    #[error(transparent)]
+    Vault(#[from] VaultError),
+    /// The sealed events were altered, or belong elsewhere.
+    #[error("the commit at version {version} does not open with the entity's key; restore it from a backup")]
+    DoesNotOpen {
+        /// The first version of the commit.
+        version: Version,
+    },
+    /// Versions are missing.
+    #[error("version {found} stands where {expected} belongs; restore it from a backup")]
+    Gap {
+        /// The version that should come next.
+        expected: Version,
+        /// The one that does.
+        found: Version,
+    },
+    /// An event that the kind's type does not know. It is kept.
+    #[error("event {event} of kind {kind} at version {version} cannot be read ({detail}); nothing is lost, use a version of the kind that knows it")]
+    Undecodable {
+        /// The kind.
+        kind: String,
+        /// The event's stored name.
+        event: String,
+        /// The first version of its commit.
+        version: Version,
+        /// Why.
+        detail: String,
+    },
+    /// `apply` panicked.
+    #[error("applying the events of kind {kind} at version {version} panicked; mend its `apply`")]
+    Panicked {
+        /// The kind.
+        kind: String,
+        /// The first version of the commit.
+        version: Version,
+    },
+}
+
+impl ReplayError {
+    /// Whether the fault is the entity's own, so that it counts towards its quarantine; a closed file or a KMS that does not
+    /// answer is nobody's fault.
+    pub(crate) fn is_own_fault(&self) -> bool {
+        match self {
+            ReplayError::Storage(error) => error.is_damage(),
+            ReplayError::Vault(error) => matches!(error, VaultError::KeyMissing),
+            _ => true,
+        }
+    }
+
+    /// Whether stored bytes are damaged, so that trying again cannot help.
+    pub(crate) fn is_damage(&self) -> bool {
+        match self {
+            ReplayError::Storage(error) => error.is_damage(),
+            ReplayError::DoesNotOpen { .. } | ReplayError::Gap { .. } => true,
+            _ => false,
+        }
+    }
+}
+
+/// Why a key could not be had.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum VaultError {
+    /// `keys.db` does not have it.
+    #[error("keys.db does not have the entity's key, so that its events cannot be read; restore keys.db from its backup")]
+    KeyMissing,
+    /// `keys.db` cannot be read.
+    #[error(transparent)]
+    Read(#[from] kuma_shard::ReadError),
+    /// `keys.db` cannot be written.
+    #[error(transparent)]
+    Write(#[from] CommitError),
+    /// The master key does not open it, or its provider does not answer.
+    #[error(transparent)]
+    MasterKey(#[from] MasterKeyError),
+}
+
+/// Why a store could not be started. Nothing was changed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StartError {
+    /// An option has a value that cannot be.
+    #[error("the option {option} is refused: {reason}")]
+    Option {
+        /// Its name.
+        option: &'static str,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The data directory.
+    #[error(transparent)]
+    DataDir(#[from] DataDirError),
+    /// A database file.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// The master key.
+    #[error("no master key: {0}")]
+    MasterKey(#[source] MasterKeyError),
+    /// The master key is not the one that this store's keys are wrapped with.
+    #[error("the master key does not open this store; use the one it was created with, nothing was changed")]
+    WrongMasterKey(#[source] MasterKeyError),
+    /// `keys.db` could not be read or written.
+    #[error("keys.db could not be used")]
+    Vault(#[source] VaultError),
+    /// An actor could not be started.
+    #[error("the store could not start its actors: {0}")]
+    Actors(String),
+}

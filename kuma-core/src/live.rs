@@ -1,0 +1,99 @@
+//! A live entity, as its readers see it.
+//!
+//! Invariants:
+//! - What is published is durable.
+//! - A reader who was told of version `n` sees at least version `n`: the writer raises [`Activation::committed`] before it tells
+//!   anyone, and what is published is only handed out while it is that new. Otherwise the reader asks the actor, which publishes.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed},
+    },
+    time::{Duration, Instant},
+};
+
+use kuma_shard::{Activation, Budget};
+use parking_lot::Mutex;
+use ractor::ActorRef;
+
+use crate::{Version, actor::EntityMessage, kind::State};
+
+/// The durable state of an entity.
+#[derive(Clone)]
+pub(crate) struct Durable {
+    pub(crate) state: State,
+    pub(crate) version: Version,
+}
+
+pub(crate) struct Published {
+    pub(crate) durable: Durable,
+    pub(crate) activation: Arc<Activation>,
+}
+
+/// Shared by an entity's actor, its handles and its supervisor.
+pub(crate) struct Live {
+    pub(crate) actor: ActorRef<EntityMessage>,
+    pub(crate) published: Arc<Mutex<Option<Published>>>,
+    /// Appends that wait.
+    pub(crate) appends: Arc<Budget>,
+    pub(crate) usage: Arc<Usage>,
+}
+
+impl Live {
+    /// The durable state, if it is as new as anyone was told.
+    pub(crate) fn peek(&self) -> Option<Durable> {
+        let published = self.published.lock();
+        let Published { durable, activation } = published.as_ref()?;
+        (!activation.is_voided() && activation.committed() <= durable.version.0).then(|| durable.clone())
+    }
+}
+
+/// What the memory budget needs to know of an entity.
+#[derive(Debug, Default)]
+pub(crate) struct Usage {
+    used_at_ms: AtomicU64,
+    state_bytes: AtomicUsize,
+}
+
+impl Usage {
+    pub(crate) fn touch(&self, clock: &Clock) {
+        self.used_at_ms.store(clock.now_ms(), Relaxed);
+    }
+
+    pub(crate) fn used_at_ms(&self) -> u64 {
+        self.used_at_ms.load(Relaxed)
+    }
+
+    pub(crate) fn set_state_bytes(&self, bytes: usize) {
+        self.state_bytes.store(bytes, Relaxed);
+    }
+
+    /// What an idle actor takes, measured (docs/architecture.md), and its state.
+    pub(crate) fn memory_bytes(&self) -> usize {
+        ENTITY_BYTES + self.state_bytes.load(Relaxed)
+    }
+}
+
+/// Measured with `kuma-bench memory`: ractor's mailboxes are most of it.
+pub(crate) const ENTITY_BYTES: usize = 11 << 10;
+
+/// Milliseconds since the store was opened.
+#[derive(Debug)]
+pub(crate) struct Clock {
+    start: Instant,
+}
+
+impl Clock {
+    pub(crate) fn new() -> Self {
+        Clock { start: Instant::now() }
+    }
+
+    pub(crate) fn now_ms(&self) -> u64 {
+        u64::try_from(self.start.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
+    pub(crate) fn ms(duration: Duration) -> u64 {
+        u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+    }
+}

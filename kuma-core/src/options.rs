@@ -1,0 +1,177 @@
+//! How a store is opened.
+
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use kuma_crypto::{LocalMasterKey, MasterKey, MasterKeyError};
+use kuma_shard::Durability;
+
+use crate::{StartError, body::Limits, restart::RestartPolicy};
+
+/// Where the master key comes from.
+#[derive(Clone, Debug)]
+pub enum MasterKeySource {
+    /// A file with mode 0600. It is created with a new random key when a new store is; keep a copy elsewhere, without it nothing
+    /// in the store can be read.
+    File(PathBuf),
+    /// An environment variable with the content of such a file.
+    Env(String),
+    /// Anything else, a key management service say.
+    Provider(Arc<dyn MasterKey>),
+}
+
+/// How a store is opened. Every option has a default but the directory.
+#[derive(Clone, Debug)]
+pub struct Options {
+    pub(crate) data_dir: PathBuf,
+    pub(crate) context: String,
+    pub(crate) shards: Option<u16>,
+    pub(crate) master_key: Option<MasterKeySource>,
+    pub(crate) durability: Durability,
+    pub(crate) vfs: Option<String>,
+    pub(crate) idle_timeout: Duration,
+    pub(crate) memory_budget: usize,
+    pub(crate) limits: Limits,
+    pub(crate) entity_appends_max: usize,
+    pub(crate) shard_bytes_max: usize,
+    pub(crate) restart: RestartPolicy,
+}
+
+/// At most this many files: each is a writer with a group of its own, and more of them make groups smaller.
+const SHARDS_MAX: u16 = 256;
+
+impl Options {
+    /// A store in `data_dir`, which is created if it does not exist.
+    pub fn new(data_dir: impl AsRef<Path>) -> Self {
+        Options {
+            data_dir: data_dir.as_ref().to_owned(),
+            context: "kuma".to_owned(),
+            shards: None,
+            master_key: None,
+            durability: Durability::Full,
+            vfs: None,
+            idle_timeout: Duration::from_secs(300),
+            memory_budget: 1 << 30,
+            limits: Limits { event_bytes_max: 1 << 20, append_bytes_max: 4 << 20, append_events_max: 4096 },
+            entity_appends_max: 1024,
+            shard_bytes_max: 64 << 20,
+            restart: RestartPolicy { failures_max: 3, window: Duration::from_secs(60), quarantine: Duration::from_secs(300) },
+        }
+    }
+
+    /// The store's name, "payments" say. It is kept with the data, keys are bound to it, and a directory of another name is
+    /// refused. Default: "kuma".
+    pub fn context(mut self, name: impl Into<String>) -> Self {
+        self.context = name.into();
+        self
+    }
+
+    /// How many shard files. Fixed at creation; a number that differs from the stored one is refused. Default: 2 for each core,
+    /// at least 4 and at most 16, or as the store was created.
+    pub fn shards(mut self, shards: u16) -> Self {
+        self.shards = Some(shards);
+        self
+    }
+
+    /// Where the master key comes from. Default: `master.key` in the data directory.
+    pub fn master_key(mut self, source: MasterKeySource) -> Self {
+        self.master_key = Some(source);
+        self
+    }
+
+    /// What an acknowledgement means. Default: [`Durability::Full`].
+    pub fn durability(mut self, durability: Durability) -> Self {
+        self.durability = durability;
+        self
+    }
+
+    /// The SQLite VFS to use instead of the default one. For fault injection.
+    pub fn vfs(mut self, name: impl Into<String>) -> Self {
+        self.vfs = Some(name.into());
+        self
+    }
+
+    /// An entity that was not used for this long leaves memory. Default: 5 minutes.
+    pub fn idle_timeout(mut self, timeout: Duration) -> Self {
+        self.idle_timeout = timeout;
+        self
+    }
+
+    /// About how many bytes live entities may take, counting 11 KiB for each plus its state; beyond it the least recently used
+    /// ones leave memory. Default: 1 GiB, some 95,000 small entities.
+    pub fn memory_budget(mut self, bytes: usize) -> Self {
+        self.memory_budget = bytes;
+        self
+    }
+
+    /// The largest event, encoded. Default: 1 MiB. An append holds at most 4 MiB and 4096 events.
+    pub fn event_bytes_max(mut self, bytes: usize) -> Self {
+        self.limits.event_bytes_max = bytes;
+        self
+    }
+
+    /// How many appends of one entity may wait at once; beyond it they are refused as overloaded. Default: 1024.
+    pub fn entity_appends_max(mut self, appends: usize) -> Self {
+        self.entity_appends_max = appends;
+        self
+    }
+
+    /// How many bytes of one shard may wait for the disk; beyond it appends are refused as overloaded. Default: 64 MiB.
+    pub fn shard_bytes_max(mut self, bytes: usize) -> Self {
+        self.shard_bytes_max = bytes;
+        self
+    }
+
+    /// An entity that fails `failures_max` times within `window` is quarantined for `quarantine`. Default: 3, 1 minute, 5 minutes.
+    pub fn quarantine(mut self, failures_max: u32, window: Duration, quarantine: Duration) -> Self {
+        self.restart = RestartPolicy { failures_max, window, quarantine };
+        self
+    }
+
+    pub(crate) fn check(&self) -> Result<(), StartError> {
+        let refuse = |option, reason: &str| Err(StartError::Option { option, reason: reason.to_owned() });
+        if self.context.is_empty() || self.context.len() > 128 {
+            return refuse("context", "a name has 1 to 128 bytes");
+        }
+        if self.shards.is_some_and(|shards| shards == 0 || shards > SHARDS_MAX) {
+            return refuse("shards", "a store has 1 to 256 shards");
+        }
+        if self.limits.event_bytes_max == 0 || self.limits.event_bytes_max > 1 << 20 {
+            return refuse("event_bytes_max", "an event has at most 1 MiB");
+        }
+        if self.entity_appends_max == 0 || self.shard_bytes_max == 0 {
+            return refuse("entity_appends_max, shard_bytes_max", "nothing could ever be appended");
+        }
+        Ok(())
+    }
+
+    /// The number of shards of a new store.
+    pub(crate) fn shards_default() -> u16 {
+        let cores = std::thread::available_parallelism().map_or(2, usize::from);
+        // At most 16.
+        (2 * cores).clamp(4, 16) as u16
+    }
+
+    /// The master key; a new one where the store is new and its file does not exist yet.
+    pub(crate) fn load_master_key(&self, is_new: bool) -> Result<Arc<dyn MasterKey>, MasterKeyError> {
+        let default = || MasterKeySource::File(self.data_dir.join("master.key"));
+        match self.master_key.clone().unwrap_or_else(default) {
+            MasterKeySource::Provider(provider) => Ok(provider),
+            MasterKeySource::Env(variable) => Ok(Arc::new(LocalMasterKey::from_env(&variable)?)),
+            MasterKeySource::File(path) => match LocalMasterKey::from_file(&path) {
+                Err(MasterKeyError::FileMissing { .. }) if is_new => {
+                    let key = LocalMasterKey::create_file(&path)?;
+                    tracing::warn!(
+                        path = %path.display(),
+                        "created a new master key; back this file up apart from the data: without it nothing in the store can be read"
+                    );
+                    Ok(Arc::new(key))
+                }
+                other => Ok(Arc::new(other?)),
+            },
+        }
+    }
+}

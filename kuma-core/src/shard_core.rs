@@ -1,0 +1,100 @@
+//! What the actors of one shard share.
+
+use std::{collections::HashMap, sync::Arc, time::Instant};
+
+use kuma_shard::{Activation, EntityHash, Shard, Submission};
+use parking_lot::Mutex;
+use ractor::ActorRef;
+use tokio::sync::oneshot;
+
+use crate::{
+    Unavailable,
+    live::{Clock, Live},
+    restart::{Failures, RestartPolicy},
+    supervisor::SupervisorMessage,
+    vault::Vault,
+};
+
+/// The settings that a shard's actors look at.
+#[derive(Clone, Debug)]
+pub(crate) struct Settings {
+    pub(crate) idle_ms: u64,
+    /// This shard's part of the memory budget.
+    pub(crate) memory_bytes_max: usize,
+    pub(crate) entity_appends_max: usize,
+    pub(crate) restart: RestartPolicy,
+}
+
+/// An entity in the directory.
+#[derive(Clone)]
+pub(crate) enum Entry {
+    Live(Arc<Live>),
+    /// On its way out: its last messages are being handled, or its last commits are in the writer's queue. A new activation waits.
+    Leaving(Arc<Live>),
+}
+
+/// One open shard with all that its entities need.
+pub(crate) struct ShardCore {
+    pub(crate) shard: Shard,
+    pub(crate) vault: Arc<Vault>,
+    pub(crate) clock: Clock,
+    pub(crate) settings: Settings,
+    /// Which entities are in memory. Changed by the shard's entity supervisor alone: an entity has one actor because that actor
+    /// has one maker.
+    pub(crate) directory: Mutex<HashMap<EntityHash, Entry>>,
+    failures: Mutex<HashMap<EntityHash, Failures>>,
+    /// Replaced by the root when the supervisor had to be started again.
+    pub(crate) supervisor: Mutex<Option<ActorRef<SupervisorMessage>>>,
+}
+
+impl ShardCore {
+    pub(crate) fn new(shard: Shard, vault: Arc<Vault>, settings: Settings) -> Self {
+        ShardCore {
+            shard,
+            vault,
+            clock: Clock::new(),
+            settings,
+            directory: Mutex::default(),
+            failures: Mutex::default(),
+            supervisor: Mutex::default(),
+        }
+    }
+
+    /// The live entity, if it is in memory and not leaving.
+    pub(crate) fn live(&self, entity: EntityHash) -> Option<Arc<Live>> {
+        match self.directory.lock().get(&entity)? {
+            Entry::Live(live) => Some(live.clone()),
+            Entry::Leaving(_) => None,
+        }
+    }
+
+    pub(crate) fn record_failure(&self, entity: EntityHash, why: String, hopeless: bool) {
+        tracing::warn!(%entity, shard = self.shard.number(), %why, "an entity failed");
+        let mut failures = self.failures.lock();
+        failures.entry(entity).or_default().record(&self.settings.restart, Instant::now(), why, hopeless);
+    }
+
+    pub(crate) fn check_quarantine(&self, entity: EntityHash) -> Result<(), Unavailable> {
+        let failures = self.failures.lock();
+        match failures.get(&entity).and_then(|failures| failures.quarantined(Instant::now())) {
+            None => Ok(()),
+            Some((retry_after, why)) => Err(Unavailable::Quarantined { entity, why: why.to_owned(), retry_after }),
+        }
+    }
+
+    /// How many entities are quarantined now; those whose time is over are forgotten.
+    pub(crate) fn quarantined(&self) -> usize {
+        let (mut failures, now) = (self.failures.lock(), Instant::now());
+        failures.retain(|_, failures| !failures.is_over(&self.settings.restart, now));
+        failures.values().filter(|failures| failures.quarantined(now).is_some()).count()
+    }
+
+    /// Returns when all that was submitted under `activation` is settled.
+    pub(crate) async fn settled(&self, activation: &Arc<Activation>) {
+        let (done, settled) = oneshot::channel::<()>();
+        let on_settled = Box::new(move |_| drop(done));
+        self.shard.submit(Submission { activation: activation.clone(), commit: None, on_settled });
+        // The sender is dropped when it is settled, or with the writer.
+        let _ = settled.await;
+    }
+}

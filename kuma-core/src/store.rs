@@ -1,0 +1,433 @@
+//! The store: opening, shutting down, and finding an entity's place.
+
+use std::{
+    any::TypeId,
+    collections::HashMap,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+};
+
+use kuma_shard::{
+    DataDir, Durability, EntityHash, FileOptions, KeyStore, Shard, ShardOptions, StatsView, missing_build_settings,
+};
+use parking_lot::RwLock;
+use ractor::{Actor, ActorRef};
+use tokio::sync::{OnceCell, oneshot};
+
+use crate::{
+    Entity, Handle, Options, RawHandle, Refused, StartError, Unavailable, VaultError,
+    body::Limits,
+    shard_core::{Entry, Settings, ShardCore},
+    identity::Identity,
+    kind::{DocumentKind, Kind, TypedKind},
+    live::Clock,
+    root::{Root, RootMessage},
+    supervisor::SupervisorMessage,
+    vault::Vault,
+};
+
+/// An open store. Cheap to clone; when the last clone and the last handle are gone, the store shuts down by itself.
+#[derive(Clone)]
+pub struct Kuma {
+    pub(crate) inner: Arc<Inner>,
+}
+
+/// What handles hold on to.
+pub(crate) struct Inner {
+    pub(crate) limits: Limits,
+    parts: Arc<Parts>,
+    kinds: RwLock<HashMap<String, Arc<dyn Kind>>>,
+}
+
+/// A shard, or why it is out of use.
+enum ShardSlot {
+    Open(Arc<ShardCore>),
+    OutOfUse(String),
+}
+
+/// What is shut down.
+struct Parts {
+    context: String,
+    durability: Durability,
+    shards: Vec<ShardSlot>,
+    vault: Arc<Vault>,
+    root: ActorRef<RootMessage>,
+    closing: AtomicBool,
+    shut_down: OnceCell<()>,
+    data_dir: DataDir,
+}
+
+/// A shard in [`Stats`].
+#[derive(Clone, Debug)]
+pub struct ShardStats {
+    /// Its number.
+    pub shard: u16,
+    /// Why it is out of use, if it is.
+    pub out_of_use: Option<String>,
+    /// Entities in memory.
+    pub live_entities: usize,
+    /// Entities that failed too often and are left alone for a while.
+    pub quarantined: usize,
+    /// Bytes that wait for the disk.
+    pub waiting_bytes: usize,
+    /// The writer.
+    pub writer: Option<StatsView>,
+}
+
+/// Numbers about an open store.
+#[derive(Clone, Debug)]
+pub struct Stats {
+    /// What an acknowledgement means.
+    pub durability: Durability,
+    /// Each shard.
+    pub shards: Vec<ShardStats>,
+    /// The writer of `keys.db`.
+    pub keys: StatsView,
+}
+
+impl Stats {
+    /// Entities in memory.
+    pub fn live_entities(&self) -> usize {
+        self.shards.iter().map(|shard| shard.live_entities).sum()
+    }
+}
+
+impl Kuma {
+    /// Opens the store in the options' data directory, or creates it.
+    ///
+    /// A shard file that is damaged or missing is left out of use and said so in the log and in [`Kuma::stats`]; its entities
+    /// answer [`Unavailable::ShardOutOfUse`]. If no shard is fit, the start fails.
+    ///
+    /// # Errors
+    /// See [`StartError`]. An existing store is left as it was.
+    pub async fn start(options: Options) -> Result<Kuma, StartError> {
+        options.check()?;
+        let mut data_dir =
+            DataDir::open(&options.data_dir, &options.context, options.shards, Options::shards_default())?;
+        let is_new = data_dir.is_new();
+        let master = options.load_master_key(is_new).map_err(StartError::MasterKey)?;
+        let file = FileOptions { durability: options.durability, vfs: options.vfs.clone() };
+        let shard_options = |number| ShardOptions {
+            number,
+            shards: data_dir.shards(),
+            directory: data_dir.path().to_owned(),
+            disk_id: data_dir.disk_id(),
+            file: file.clone(),
+            queue_bytes_max: options.shard_bytes_max,
+        };
+        let shards: Vec<ShardOptions> = (0..data_dir.shards()).map(shard_options).collect();
+        if is_new {
+            KeyStore::create(data_dir.path().to_owned(), data_dir.disk_id(), &file).await?;
+            for shard in &shards {
+                Shard::create(shard).await?;
+            }
+        }
+        let (root, _) = Actor::spawn(None, Root, ()).await.map_err(|error| StartError::Actors(error.to_string()))?;
+        let opened = open_parts(&options, &data_dir, &shards, file, master, is_new, &root).await;
+        let (vault, shards) = match opened {
+            Ok(opened) => opened,
+            Err(error) => {
+                root.stop(None);
+                return Err(error);
+            }
+        };
+        if is_new {
+            data_dir.finish()?;
+        }
+        report(&options, &data_dir, is_new).await;
+        let parts = Parts {
+            context: options.context,
+            durability: options.durability,
+            shards,
+            vault,
+            root,
+            closing: AtomicBool::new(false),
+            shut_down: OnceCell::new(),
+            data_dir,
+        };
+        Ok(Kuma { inner: Arc::new(Inner { limits: options.limits, parts: Arc::new(parts), kinds: RwLock::default() }) })
+    }
+
+    /// The handle of an entity. No I/O: the entity is activated on its first use. An id or kind that cannot be is refused then.
+    pub fn entity<E: Entity>(&self, id: impl AsRef<[u8]>) -> Handle<E> {
+        Handle::new(RawHandle::new(self.inner.clone(), self.inner.typed_kind::<E>(), E::KIND, id.as_ref()))
+    }
+
+    /// The handle of an entity whose Rust type is not known here. A kind that no [`Kuma::entity`] was called for folds as a JSON
+    /// document: each event's data is merged into it (RFC 7396).
+    pub fn raw(&self, kind: &str, id: impl AsRef<[u8]>) -> RawHandle {
+        RawHandle::new(self.inner.clone(), self.inner.kind(kind), kind, id.as_ref())
+    }
+
+    /// Makes a Rust type known for its kind, so that [`Kuma::raw`] folds with it.
+    ///
+    /// # Errors
+    /// [`Refused::KindMismatch`] if the kind is in use with another type.
+    pub fn register<E: Entity>(&self) -> Result<(), Refused> {
+        self.inner.typed_kind::<E>().map(|_| ())
+    }
+
+    /// The name of the store.
+    pub fn context(&self) -> &str {
+        &self.inner.parts.context
+    }
+
+    /// Numbers about the store as it is now.
+    pub fn stats(&self) -> Stats {
+        let parts = &self.inner.parts;
+        let shard = |(number, slot): (usize, &ShardSlot)| match slot {
+            ShardSlot::Open(core) => ShardStats {
+                shard: core.shard.number(),
+                out_of_use: None,
+                live_entities: core.directory.lock().values().filter(|entry| matches!(entry, Entry::Live(_))).count(),
+                quarantined: core.quarantined(),
+                waiting_bytes: core.shard.budget().used(),
+                writer: Some(core.shard.stats()),
+            },
+            ShardSlot::OutOfUse(why) => ShardStats {
+                // At most 256.
+                shard: number as u16,
+                out_of_use: Some(why.clone()),
+                live_entities: 0,
+                quarantined: 0,
+                waiting_bytes: 0,
+                writer: None,
+            },
+        };
+        let shards = parts.shards.iter().enumerate().map(shard).collect();
+        Stats { durability: parts.durability, shards, keys: parts.vault.keys.stats() }
+    }
+
+    /// Wraps every key that an older master key wraps anew under the current one, and returns how many. Give the store a master
+    /// key that knows both first ([`kuma_crypto::LocalMasterKey::with_older`], or a key file with two lines); take the older one
+    /// away when this has returned. Appends and reads go on meanwhile; interrupted, it is simply called again.
+    ///
+    /// # Errors
+    /// A key could not be read, unwrapped or written; those before it are done.
+    pub async fn rotate_master_key(&self) -> Result<u64, VaultError> {
+        self.inner.parts.vault.rewrap_all().await
+    }
+
+    /// Finishes what was submitted, takes every entity out of memory and closes the files. Requests that come meanwhile are
+    /// refused with [`Unavailable::ShuttingDown`]. Returns when the data directory is free; calling it twice is fine.
+    pub async fn shutdown(&self) {
+        self.inner.parts.clone().shut_down().await;
+    }
+
+    pub(crate) fn open_shards(&self) -> impl Iterator<Item = (u16, Result<&Arc<ShardCore>, &str>)> {
+        self.inner.parts.shards.iter().enumerate().map(|(number, slot)| {
+            let open = match slot {
+                ShardSlot::Open(core) => Ok(core),
+                ShardSlot::OutOfUse(why) => Err(why.as_str()),
+            };
+            // At most 256.
+            (number as u16, open)
+        })
+    }
+
+    pub(crate) fn vault(&self) -> &Arc<Vault> {
+        &self.inner.parts.vault
+    }
+}
+
+async fn open_parts(
+    options: &Options,
+    data_dir: &DataDir,
+    shards: &[ShardOptions],
+    file: FileOptions,
+    master: Arc<dyn kuma_crypto::MasterKey>,
+    is_new: bool,
+    root: &ActorRef<RootMessage>,
+) -> Result<(Arc<Vault>, Vec<ShardSlot>), StartError> {
+    let keys = KeyStore::open(data_dir.path().to_owned(), data_dir.disk_id(), &file, root.get_cell()).await?;
+    let vault = Vault::open(keys.clone(), master, options.context.clone(), is_new).await;
+    let vault = match vault {
+        Ok(vault) => Arc::new(vault),
+        Err(error) => {
+            keys.stop().await;
+            return Err(match error {
+                VaultError::MasterKey(error) => StartError::WrongMasterKey(error),
+                other => StartError::Vault(other),
+            });
+        }
+    };
+    let settings = Settings {
+        idle_ms: Clock::ms(options.idle_timeout),
+        memory_bytes_max: options.memory_budget / shards.len().max(1),
+        entity_appends_max: options.entity_appends_max,
+        restart: options.restart,
+    };
+    let mut slots = Vec::new();
+    let mut first_damage = None;
+    for shard in shards {
+        match open_shard(shard, &vault, &settings, root).await {
+            Ok(core) => slots.push(ShardSlot::Open(core)),
+            Err(StartError::Open(error)) if error.is_damage() => {
+                tracing::error!(shard = shard.number, error = %error, "a shard is out of use");
+                slots.push(ShardSlot::OutOfUse(error.to_string()));
+                first_damage.get_or_insert(error);
+            }
+            Err(error) => {
+                close(&slots, &keys).await;
+                return Err(error);
+            }
+        }
+    }
+    match first_damage {
+        Some(error) if slots.iter().all(|slot| matches!(slot, ShardSlot::OutOfUse(_))) => {
+            close(&slots, &keys).await;
+            Err(error.into())
+        }
+        _ => Ok((vault, slots)),
+    }
+}
+
+async fn close(slots: &[ShardSlot], keys: &KeyStore) {
+    for slot in slots {
+        if let ShardSlot::Open(core) = slot {
+            core.shard.stop().await;
+        }
+    }
+    keys.stop().await;
+}
+
+async fn open_shard(
+    options: &ShardOptions,
+    vault: &Arc<Vault>,
+    settings: &Settings,
+    root: &ActorRef<RootMessage>,
+) -> Result<Arc<ShardCore>, StartError> {
+    let shard = Shard::open(options, root.get_cell()).await?;
+    let core = Arc::new(ShardCore::new(shard, vault.clone(), settings.clone()));
+    let (reply, started) = oneshot::channel();
+    let gone = || StartError::Actors("the root actor is gone".to_owned());
+    root.cast(RootMessage::Supervise { core: core.clone(), reply }).map_err(|_| gone())?;
+    started.await.map_err(|_| gone())?.map_err(|error| StartError::Actors(error.to_string()))?;
+    Ok(core)
+}
+
+/// Says what was opened, and what is not as it should be.
+async fn report(options: &Options, data_dir: &DataDir, is_new: bool) {
+    let durability = options.durability.as_str();
+    let path = data_dir.path().display();
+    tracing::info!(%path, context = %options.context, shards = data_dir.shards(), durability, is_new, "the store is open");
+    match missing_build_settings().await {
+        Ok(missing) if !missing.is_empty() => tracing::warn!(
+            ?missing,
+            "SQLite was built without settings that Kuma wants; copy .cargo/config.toml of Kuma into your workspace (up to 45 % of speed)"
+        ),
+        Ok(_) => {}
+        Err(error) => tracing::warn!(%error, "SQLite could not be asked how it was built"),
+    }
+}
+
+impl Inner {
+    pub(crate) fn ids(&self) -> &kuma_crypto::IdSecret {
+        &self.parts.vault.ids
+    }
+
+    /// The shard of an entity.
+    pub(crate) fn core(&self, identity: &Identity) -> Result<&Arc<ShardCore>, Unavailable> {
+        if self.parts.closing.load(Relaxed) {
+            return Err(Unavailable::ShuttingDown);
+        }
+        let shard = identity.slot.shard(self.parts.data_dir.shards());
+        match self.parts.shards.get(usize::from(shard)) {
+            Some(ShardSlot::Open(core)) => Ok(core),
+            Some(ShardSlot::OutOfUse(why)) => Err(Unavailable::ShardOutOfUse { shard, why: why.clone() }),
+            None => Err(Unavailable::ShardOutOfUse { shard, why: "there is no such shard".to_owned() }),
+        }
+    }
+
+    fn typed_kind<E: Entity>(&self) -> Result<Arc<dyn Kind>, Refused> {
+        let check = |kind: &Arc<dyn Kind>| match kind.rust_type() == Some(TypeId::of::<E>()) {
+            true => Ok(kind.clone()),
+            false => Err(Refused::KindMismatch { kind: E::KIND.to_owned() }),
+        };
+        if let Some(kind) = self.kinds.read().get(E::KIND) {
+            return check(kind);
+        }
+        check(self.kinds.write().entry(E::KIND.to_owned()).or_insert_with(|| Arc::new(TypedKind::<E>::new())))
+    }
+
+    fn kind(&self, name: &str) -> Result<Arc<dyn Kind>, Refused> {
+        if let Some(kind) = self.kinds.read().get(name) {
+            return Ok(kind.clone());
+        }
+        crate::identity::check_kind(name)?;
+        Ok(self.kinds.write().entry(name.to_owned()).or_insert_with(|| Arc::new(DocumentKind::new(name))).clone())
+    }
+}
+
+impl Parts {
+    async fn shut_down(self: Arc<Self>) {
+        self.closing.store(true, Relaxed);
+        self.shut_down.get_or_init(|| self.close_all()).await;
+    }
+
+    async fn close_all(&self) {
+        // It may be gone already, with its runtime.
+        let _ = self.root.cast(RootMessage::Stopping);
+        for core in self.open() {
+            let supervisor = core.supervisor.lock().clone();
+            let (done, stopped) = oneshot::channel();
+            if supervisor.is_some_and(|supervisor| supervisor.cast(SupervisorMessage::Stop { done }).is_ok()) {
+                let _ = stopped.await;
+            }
+        }
+        for core in self.open() {
+            core.shard.stop().await;
+        }
+        self.vault.keys.stop().await;
+        self.root.stop(None);
+        tracing::info!(path = %self.data_dir.path().display(), "the store is closed");
+    }
+
+    fn open(&self) -> impl Iterator<Item = &Arc<ShardCore>> {
+        self.shards.iter().filter_map(|slot| match slot {
+            ShardSlot::Open(core) => Some(core),
+            ShardSlot::OutOfUse(_) => None,
+        })
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        if self.parts.shut_down.initialized() {
+            return;
+        }
+        // Without a runtime its actors are gone as well; what was acknowledged is on the disk.
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            runtime.spawn(self.parts.clone().shut_down());
+        }
+    }
+}
+
+/// Finds the live entity, making it if need be.
+pub(crate) async fn activate(
+    core: &ShardCore,
+    kind: &Arc<dyn Kind>,
+    identity: &Arc<Identity>,
+) -> Result<Arc<crate::live::Live>, Unavailable> {
+    if let Some(live) = core.live(identity.hash) {
+        return Ok(live);
+    }
+    let (reply, made) = oneshot::channel();
+    let request = crate::supervisor::Activate { kind: kind.clone(), identity: identity.clone(), reply };
+    let supervisor = core.supervisor.lock().clone();
+    let interrupted = || Unavailable::Interrupted { entity: identity.hash };
+    supervisor.ok_or_else(interrupted)?.cast(SupervisorMessage::Activate(request)).map_err(|_| interrupted())?;
+    made.await.map_err(|_| interrupted())?
+}
+
+/// Takes an entity out of memory; returns when it is.
+pub(crate) async fn passivate(core: &ShardCore, entity: EntityHash) {
+    let (done, gone) = oneshot::channel();
+    let supervisor = core.supervisor.lock().clone();
+    if supervisor.is_some_and(|supervisor| supervisor.cast(SupervisorMessage::Passivate { entity, done }).is_ok()) {
+        // Dropped only with the supervisor, and then the entity is gone too.
+        let _ = gone.await;
+    }
+}

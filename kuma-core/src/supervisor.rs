@@ -1,0 +1,269 @@
+//! The entity supervisor of a shard: the only one that makes and ends its entities' actors.
+//!
+//! ```text
+//!  absent ──Activate──► live ──idle, over budget, Passivate──► leaving ──actor gone──► its commits settled ──► absent
+//!                         └──────────── actor failed ───────────────────────────────────────▲
+//! ```
+//!
+//! Invariants:
+//! - Single activation: entries are added only here, one message at a time, and an entry stays until its actor is gone and all that
+//!   it had submitted is settled. Whoever asks for it meanwhile waits.
+//! - An actor leaves by `drain`, so that no message is lost; what comes too late comes back to its sender.
+//! - A child's end never ends the supervisor (ractor's default would).
+
+use std::{collections::HashMap, sync::Arc, time::Duration};
+
+use kuma_shard::{Activation, Budget, EntityHash, Submission};
+use parking_lot::Mutex;
+use ractor::{Actor, ActorCell, ActorId, ActorProcessingErr, ActorRef, SupervisionEvent};
+use tokio::sync::oneshot;
+
+use crate::{
+    Unavailable,
+    actor::{EntityActor, EntityState},
+    shard_core::{Entry, ShardCore},
+    identity::Identity,
+    kind::Kind,
+    live::{ENTITY_BYTES, Live, Usage},
+};
+
+/// Who is to be activated.
+pub(crate) struct Activate {
+    pub(crate) kind: Arc<dyn Kind>,
+    pub(crate) identity: Arc<Identity>,
+    pub(crate) reply: oneshot::Sender<Result<Arc<Live>, Unavailable>>,
+}
+
+/// What a supervisor can be asked.
+pub(crate) enum SupervisorMessage {
+    /// The entity's actor, made if need be.
+    Activate(Activate),
+    /// Takes the entity out of memory; answered when it is.
+    Passivate { entity: EntityHash, done: oneshot::Sender<()> },
+    /// All that a gone actor had submitted is settled.
+    Settled { entity: EntityHash },
+    /// Looks for entities to passivate.
+    Sweep,
+    /// Passivates all; answered when the last one is gone.
+    Stop { done: oneshot::Sender<()> },
+}
+
+impl ractor::Message for SupervisorMessage {} // local only
+
+pub(crate) struct EntitySupervisor;
+
+pub(crate) struct SupervisorState {
+    core: Arc<ShardCore>,
+    by_actor: HashMap<ActorId, EntityHash>,
+    waiting: HashMap<EntityHash, Vec<Waiter>>,
+    stopping: Option<oneshot::Sender<()>>,
+}
+
+/// Whoever waits for an entity to be gone.
+enum Waiter {
+    Activate(Activate),
+    Passivate(oneshot::Sender<()>),
+}
+
+impl Actor for EntitySupervisor {
+    type Msg = SupervisorMessage;
+    type State = SupervisorState;
+    type Arguments = Arc<ShardCore>;
+
+    async fn pre_start(
+        &self,
+        me: ActorRef<SupervisorMessage>,
+        core: Arc<ShardCore>,
+    ) -> Result<SupervisorState, ActorProcessingErr> {
+        let period = Duration::from_millis((core.settings.idle_ms / 4).clamp(50, 5000));
+        // Ends with this actor.
+        me.send_interval(period, || SupervisorMessage::Sweep);
+        Ok(SupervisorState { core, by_actor: HashMap::new(), waiting: HashMap::new(), stopping: None })
+    }
+
+    async fn handle(
+        &self,
+        me: ActorRef<SupervisorMessage>,
+        message: SupervisorMessage,
+        state: &mut SupervisorState,
+    ) -> Result<(), ActorProcessingErr> {
+        match message {
+            SupervisorMessage::Activate(request) => state.activate(request, me.get_cell()).await,
+            SupervisorMessage::Passivate { entity, done } => state.passivate_one(entity, done),
+            SupervisorMessage::Settled { entity } => state.gone(entity, me.get_cell()).await,
+            SupervisorMessage::Sweep => state.sweep(),
+            SupervisorMessage::Stop { done } => {
+                state.stopping = Some(done);
+                let all: Vec<EntityHash> = state.core.directory.lock().keys().copied().collect();
+                all.into_iter().for_each(|entity| state.leave(entity));
+                state.finish_stop();
+            }
+        }
+        Ok(())
+    }
+
+    async fn handle_supervisor_evt(
+        &self,
+        me: ActorRef<SupervisorMessage>,
+        event: SupervisionEvent,
+        state: &mut SupervisorState,
+    ) -> Result<(), ActorProcessingErr> {
+        match event {
+            SupervisionEvent::ActorTerminated(actor, _, _) => state.actor_ended(&actor, false, me),
+            SupervisionEvent::ActorFailed(actor, _) => state.actor_ended(&actor, true, me),
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+impl SupervisorState {
+    async fn activate(&mut self, request: Activate, me: ActorCell) {
+        let entity = request.identity.hash;
+        if self.stopping.is_some() {
+            let _ = request.reply.send(Err(Unavailable::ShuttingDown));
+            return;
+        }
+        let entry = self.core.directory.lock().get(&entity).cloned();
+        match entry {
+            Some(Entry::Live(live)) => {
+                let _ = request.reply.send(Ok(live));
+            }
+            Some(Entry::Leaving(_)) => self.waiting.entry(entity).or_default().push(Waiter::Activate(request)),
+            None => {
+                let Activate { kind, identity, reply } = request;
+                let made = self.make(kind, identity, me).await;
+                // A caller that is gone leaves an idle entity behind, which the sweep finds.
+                let _ = reply.send(made);
+                self.keep_budget();
+            }
+        }
+    }
+
+    async fn make(&mut self, kind: Arc<dyn Kind>, identity: Arc<Identity>, me: ActorCell) -> Result<Arc<Live>, Unavailable> {
+        let entity = identity.hash;
+        self.core.check_quarantine(entity)?;
+        let (published, usage) = (Arc::new(Mutex::new(None)), Arc::new(Usage::default()));
+        usage.touch(&self.core.clock);
+        let state = EntityState {
+            core: self.core.clone(),
+            kind,
+            identity,
+            published: published.clone(),
+            usage: usage.clone(),
+            loaded: None,
+        };
+        let spawned = Actor::spawn_linked(None, EntityActor, state, me).await;
+        let (actor, _) = spawned.map_err(|_| Unavailable::Interrupted { entity })?;
+        self.by_actor.insert(actor.get_id(), entity);
+        let appends = Budget::new(self.core.settings.entity_appends_max);
+        let live = Arc::new(Live { actor, published, appends, usage });
+        self.core.directory.lock().insert(entity, Entry::Live(live.clone()));
+        Ok(live)
+    }
+
+    fn passivate_one(&mut self, entity: EntityHash, done: oneshot::Sender<()>) {
+        if !self.core.directory.lock().contains_key(&entity) {
+            let _ = done.send(());
+            return;
+        }
+        self.leave(entity);
+        self.waiting.entry(entity).or_default().push(Waiter::Passivate(done));
+    }
+
+    /// Lets a live entity finish what it was asked and go.
+    fn leave(&mut self, entity: EntityHash) {
+        let mut directory = self.core.directory.lock();
+        if let Some(entry) = directory.get_mut(&entity)
+            && let Entry::Live(live) = entry
+        {
+            let live = live.clone();
+            *entry = Entry::Leaving(live.clone());
+            drop(directory);
+            // An actor that is gone already has told so, or will.
+            let _ = live.actor.get_cell().drain();
+        }
+    }
+
+    fn actor_ended(&mut self, actor: &ActorCell, failed: bool, me: ActorRef<SupervisorMessage>) {
+        let Some(entity) = self.by_actor.remove(&actor.get_id()) else { return };
+        if failed {
+            self.core.record_failure(entity, "its actor failed".to_owned(), false);
+        }
+        if let Some(entry) = self.core.directory.lock().get_mut(&entity)
+            && let Entry::Live(live) | Entry::Leaving(live) = entry
+        {
+            let live = live.clone();
+            // Handles that still know it must not read from it: the next activation moves on without it.
+            *live.published.lock() = None;
+            *entry = Entry::Leaving(live);
+        }
+        // Behind all that it had submitted.
+        let on_settled = Box::new(move |_| drop(me.cast(SupervisorMessage::Settled { entity })));
+        self.core.shard.submit(Submission { activation: Arc::new(Activation::at(0)), commit: None, on_settled });
+    }
+
+    async fn gone(&mut self, entity: EntityHash, me: ActorCell) {
+        self.core.directory.lock().remove(&entity);
+        for waiter in self.waiting.remove(&entity).unwrap_or_default() {
+            match waiter {
+                Waiter::Activate(request) => self.activate(request, me.clone()).await,
+                Waiter::Passivate(done) => {
+                    let _ = done.send(());
+                }
+            }
+        }
+        self.finish_stop();
+    }
+
+    fn finish_stop(&mut self) {
+        if self.core.directory.lock().is_empty()
+            && let Some(done) = self.stopping.take()
+        {
+            let _ = done.send(());
+        }
+    }
+
+    fn sweep(&mut self) {
+        let oldest = self.core.clock.now_ms().saturating_sub(self.core.settings.idle_ms);
+        let idle = self.live_entities(|usage| usage.used_at_ms() < oldest);
+        idle.into_iter().for_each(|(_, entity, _)| self.leave(entity));
+        self.keep_budget();
+    }
+
+    /// Lets the least recently used entities go, down to nine tenths of the budget, so that not every activation has to look.
+    fn keep_budget(&mut self) {
+        let max = self.core.settings.memory_bytes_max;
+        if self.by_actor.len() * ENTITY_BYTES <= max / 10 * 9 {
+            // Not even if every state were empty; states are looked at by the sweep when there are many entities.
+            if self.by_actor.len() * ENTITY_BYTES <= max / 4 {
+                return;
+            }
+        }
+        let mut entities = self.live_entities(|_| true);
+        let mut bytes: usize = entities.iter().map(|(_, _, bytes)| bytes).sum();
+        if bytes <= max {
+            return;
+        }
+        entities.sort_unstable();
+        for (_, entity, size) in entities {
+            if bytes <= max / 10 * 9 {
+                break;
+            }
+            bytes -= size;
+            self.leave(entity);
+        }
+    }
+
+    /// Live entities that nothing waits for: when each was used, and its size.
+    fn live_entities(&self, which: impl Fn(&Usage) -> bool) -> Vec<(u64, EntityHash, usize)> {
+        let directory = self.core.directory.lock();
+        let of = |(entity, entry): (&EntityHash, &Entry)| match entry {
+            Entry::Live(live) if live.appends.used() == 0 && which(&live.usage) => {
+                Some((live.usage.used_at_ms(), *entity, live.usage.memory_bytes()))
+            }
+            _ => None,
+        };
+        directory.iter().filter_map(of).collect()
+    }
+}

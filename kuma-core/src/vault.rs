@@ -1,0 +1,86 @@
+//! The keys of a store: which entity has which key, and how it is unwrapped.
+//!
+//! Invariants:
+//! - A new key is durable in `keys.db` before anything is sealed with it.
+//! - A key leaves this module only for the actor whose entity it belongs to.
+
+use std::{sync::Arc, time::SystemTime};
+
+use kuma_crypto::{DataKey, IdHash, IdSecret, KeyId, MasterKey, Secret32, id_secret_aad, wrap_aad};
+use kuma_shard::{EntityHash, KeyRow, KeyStore};
+
+use crate::{VaultError, micros};
+
+/// Under this name `keys.db` holds the secret that keys the id hashes.
+const ID_SECRET: &str = "id_secret";
+
+pub(crate) struct Vault {
+    pub(crate) keys: KeyStore,
+    master: Arc<dyn MasterKey>,
+    context: String,
+    pub(crate) ids: IdSecret,
+}
+
+impl Vault {
+    /// Opens the vault of a store, or gives a new store its secret.
+    pub(crate) async fn open(keys: KeyStore, master: Arc<dyn MasterKey>, context: String, is_new: bool) -> Result<Self, VaultError> {
+        let aad = id_secret_aad(&context);
+        let ids = match keys.secret(ID_SECRET).await? {
+            Some(wrapped) => IdSecret::from(master.unwrap(&wrapped, &aad).await?),
+            None if is_new => {
+                let ids = IdSecret::generate();
+                let secret: &Secret32 = ids.as_ref();
+                keys.put_secret(ID_SECRET, master.wrap(secret, &aad).await?).await?;
+                ids
+            }
+            None => return Err(VaultError::KeyMissing),
+        };
+        Ok(Vault { keys, master, context, ids })
+    }
+
+    /// A new key for an entity; durable when this returns.
+    pub(crate) async fn create(&self, entity: EntityHash) -> Result<(KeyId, DataKey), VaultError> {
+        let (key_id, key) = (KeyId::generate(), DataKey::generate());
+        let wrapped = self.master.wrap(key.as_ref(), &self.aad(entity, key_id)).await?;
+        let created_at_us = micros(SystemTime::now());
+        self.keys.add(KeyRow { key_id: key_id.0, id_hash: entity, wrapped, created_at_us }).await?;
+        Ok((key_id, key))
+    }
+
+    /// The key with this name.
+    pub(crate) async fn key(&self, entity: EntityHash, key_id: KeyId) -> Result<DataKey, VaultError> {
+        let row = self.keys.get(key_id.0).await?.ok_or(VaultError::KeyMissing)?;
+        Ok(DataKey::from(self.master.unwrap(&row.wrapped, &self.aad(entity, key_id)).await?))
+    }
+
+    /// Wraps every key that is not under the current master key anew. Returns how many. It can be interrupted at any point and
+    /// started again: a key is under one master key or the other, and both open it until the older one is taken away.
+    pub(crate) async fn rewrap_all(&self) -> Result<u64, VaultError> {
+        let (mut after, mut rewrapped) = (0, 0);
+        let aad = id_secret_aad(&self.context);
+        if let Some(wrapped) = self.keys.secret(ID_SECRET).await?
+            && let Some(anew) = kuma_crypto::rewrap(&*self.master, &wrapped, &aad).await?
+        {
+            self.keys.put_secret(ID_SECRET, anew).await?;
+        }
+        loop {
+            let page = self.keys.page(after, 256).await?;
+            let Some((last, _)) = page.last_key_value() else { return Ok(rewrapped) };
+            after = *last;
+            let mut changes = Vec::new();
+            for row in page.values() {
+                let aad = self.aad(row.id_hash, KeyId(row.key_id));
+                if let Some(anew) = kuma_crypto::rewrap(&*self.master, &row.wrapped, &aad).await? {
+                    changes.push(self.keys.rewrap(row.key_id, anew));
+                }
+            }
+            rewrapped += changes.len() as u64;
+            // Together, so that a page is one sync.
+            futures_util::future::try_join_all(changes).await?;
+        }
+    }
+
+    fn aad(&self, entity: EntityHash, key_id: KeyId) -> Vec<u8> {
+        wrap_aad(&self.context, IdHash(entity.0), key_id)
+    }
+}

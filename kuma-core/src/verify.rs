@@ -1,0 +1,111 @@
+//! Verification of a whole store: what the shards check without keys, and that every commit opens with its entity's key.
+
+use std::collections::{HashMap, HashSet};
+
+use kuma_crypto::KeyId;
+use kuma_shard::{EntityHash, ReadError, ShardReport};
+
+use crate::{Kuma, body::Body, shard_core::ShardCore, replay::Opener};
+
+/// Unwrapped keys that are kept while a shard is walked; commits come in the order of the log.
+const KEYS_MAX: usize = 65_536;
+
+/// What [`Kuma::verify`] found in one shard.
+#[derive(Debug)]
+pub struct ShardVerification {
+    /// The shard.
+    pub shard: u16,
+    /// What was found; an error if it could not be looked at.
+    pub outcome: Result<ShardReport, String>,
+}
+
+/// What [`Kuma::verify`] found.
+#[derive(Debug)]
+pub struct Verification {
+    /// Each shard.
+    pub shards: Vec<ShardVerification>,
+    /// Keys in `keys.db`.
+    pub keys: u64,
+    /// Damage in `keys.db`.
+    pub keys_damage: Vec<String>,
+    /// Keys that no entity has: what a crash between storing a new key and its first commit leaves behind. Harmless.
+    pub keys_without_entity: u64,
+}
+
+impl Verification {
+    /// Whether everything is as it was committed.
+    pub fn is_clean(&self) -> bool {
+        let clean = |shard: &ShardVerification| shard.outcome.as_ref().is_ok_and(ShardReport::is_clean);
+        self.keys_damage.is_empty() && self.shards.iter().all(clean)
+    }
+
+    /// Entities, commits and events seen.
+    pub fn totals(&self) -> (u64, u64, u64) {
+        let reports = self.shards.iter().filter_map(|shard| shard.outcome.as_ref().ok());
+        reports.fold((0, 0, 0), |(entities, commits, events), report| {
+            (entities + report.entities, commits + report.commits, events + report.events)
+        })
+    }
+
+    /// Entities with damage, and what it is.
+    pub fn bad_entities(&self) -> impl Iterator<Item = &(Option<EntityHash>, String)> {
+        self.shards.iter().filter_map(|shard| shard.outcome.as_ref().ok()).flat_map(|report| &report.bad_entities)
+    }
+}
+
+impl Kuma {
+    /// Reads everything and checks it: each row against its checksum and its seal, each slot against its digest, each index against
+    /// its table, each key. Runs beside appends. `progress` is called with the number of commits checked so far.
+    ///
+    /// # Errors
+    /// `keys.db` cannot be read at all. Damage stands in the report.
+    pub async fn verify(&self, mut progress: impl FnMut(u64)) -> Result<Verification, ReadError> {
+        let mut shards = Vec::new();
+        let mut used_keys = HashSet::new();
+        let mut checked = 0;
+        for (shard, open) in self.open_shards() {
+            let outcome = match open {
+                Err(why) => Err(why.to_owned()),
+                Ok(core) => verify_shard(core, &mut used_keys, &mut || {
+                    checked += 1;
+                    progress(checked);
+                })
+                .await
+                .map_err(|error| error.to_string()),
+            };
+            shards.push(ShardVerification { shard, outcome });
+        }
+        let mut keys_without_entity = 0;
+        let report = self.vault().keys.verify(|row| keys_without_entity += u64::from(!used_keys.contains(&row.key_id))).await?;
+        Ok(Verification { shards, keys: report.keys, keys_damage: report.damage, keys_without_entity })
+    }
+}
+
+async fn verify_shard(
+    core: &ShardCore,
+    used_keys: &mut HashSet<[u8; 16]>,
+    progress: &mut impl FnMut(),
+) -> Result<ShardReport, ReadError> {
+    let mut openers: HashMap<i64, Opener> = HashMap::new();
+    core.shard
+        .verify(async |row, commit| {
+            if openers.len() >= KEYS_MAX {
+                openers.clear();
+            }
+            if !openers.contains_key(&row.eid) {
+                let key = core.vault.key(row.id_hash, KeyId(row.key_id)).await.map_err(|error| error.to_string())?;
+                used_keys.insert(row.key_id);
+                openers.insert(row.eid, Opener { row: row.clone().into(), key });
+            }
+            let Some(opener) = openers.get(&row.eid) else { return Ok(()) };
+            opener.check_id()?;
+            let plaintext = opener.open(commit).map_err(|error| error.to_string())?;
+            let body = Body::parse(&plaintext).map_err(|error| error.to_string())?;
+            if body.events.len() != commit.count as usize {
+                return Err(format!("{} events where the row has {}", body.events.len(), commit.count));
+            }
+            progress();
+            Ok(())
+        })
+        .await
+}
