@@ -34,13 +34,13 @@ use tokio::sync::oneshot;
 use crate::{
     AppendError, Metadata, ReadError, Refused, Unavailable, Version,
     body::EncodedEvents,
-    shard_core::ShardCore,
     identity::Identity,
     kind::{Decoded, Kind, State},
     live::{Durable, Published, Usage},
     micros,
     replay::{self, Opener},
     reply::AppendReply,
+    shard_core::ShardCore,
 };
 
 /// An append as it reaches the actor: encoded, decoded again, and admitted.
@@ -101,7 +101,11 @@ impl Actor for EntityActor {
     type State = EntityState;
     type Arguments = EntityState;
 
-    async fn pre_start(&self, _me: ActorRef<EntityMessage>, state: EntityState) -> Result<EntityState, ActorProcessingErr> {
+    async fn pre_start(
+        &self,
+        _me: ActorRef<EntityMessage>,
+        state: EntityState,
+    ) -> Result<EntityState, ActorProcessingErr> {
         Ok(state)
     }
 
@@ -191,7 +195,11 @@ impl EntityState {
             Ok(Some(state)) => loaded.speculative = Some(state),
             // What was applied once does not apply again: only the disk knows better.
             _ => {
-                self.core.record_failure(self.identity.hash, "its `apply` panicked on events that it had applied before".into(), false);
+                self.core.record_failure(
+                    self.identity.hash,
+                    "its `apply` panicked on events that it had applied before".into(),
+                    false,
+                );
                 self.unload().await;
             }
         }

@@ -63,7 +63,8 @@ impl EventEncoder {
         }
         self.scratch.clear();
         self.scratch.push(MAP_OF_ONE);
-        rmp::encode::write_str(&mut self.scratch, &event.name).map_err(|_| undecodable("its name cannot be written"))?;
+        rmp::encode::write_str(&mut self.scratch, &event.name)
+            .map_err(|_| undecodable("its name cannot be written"))?;
         self.scratch.extend_from_slice(&event.data);
         // One whole value, nothing before or behind it.
         let mut rest = event.data.as_slice();
@@ -94,7 +95,8 @@ impl EventEncoder {
             rmp::encode::write_bin(items, &self.scratch)
         };
         // A Vec never refuses a byte.
-        write(&mut events.items).map_err(|_| Refused::AppendTooLarge { bytes: events.bytes, bytes_max: append_bytes_max })
+        write(&mut events.items)
+            .map_err(|_| Refused::AppendTooLarge { bytes: events.bytes, bytes_max: append_bytes_max })
     }
 
     pub(crate) fn finish(self) -> Result<EncodedEvents, Refused> {
@@ -203,7 +205,10 @@ mod tests {
         encoder.typed::<Thing>(&ThingEvent::Named { text: "x".into(), more: None }).unwrap();
         encoder.typed::<Thing>(&ThingEvent::Unit).unwrap();
         let body = encoder.finish().unwrap().body(None).unwrap();
-        assert_eq!(hex::encode(body), "93c0c0929201c41581a54e616d656482a474657874a178a46d6f7265c09201c40781a4556e6974c0");
+        assert_eq!(
+            hex::encode(body),
+            "93c0c0929201c41581a54e616d656482a474657874a178a46d6f7265c09201c40781a4556e6974c0"
+        );
     }
 
     #[test]

@@ -13,7 +13,9 @@ use crate::Version;
 #[non_exhaustive]
 pub enum Refused {
     /// The entity has moved on.
-    #[error("entity {entity} is at version {actual}, expected {expected}; nothing was written, read it again and decide anew")]
+    #[error(
+        "entity {entity} is at version {actual}, expected {expected}; nothing was written, read it again and decide anew"
+    )]
     WrongVersion {
         /// The entity.
         entity: EntityHash,
@@ -26,7 +28,9 @@ pub enum Refused {
     #[error("an append needs at least one event")]
     Empty,
     /// One event is too large.
-    #[error("event {index} of the append has {bytes} bytes, the limit is {bytes_max}; split it, or keep large content elsewhere and append its name")]
+    #[error(
+        "event {index} of the append has {bytes} bytes, the limit is {bytes_max}; split it, or keep large content elsewhere and append its name"
+    )]
     EventTooLarge {
         /// Place in the append, from 0.
         index: u32,
@@ -56,7 +60,9 @@ pub enum Refused {
         reason: &'static str,
     },
     /// The kind cannot be used.
-    #[error("the kind ({bytes} bytes) is refused; a kind is 1 to 64 ASCII letters, digits, '_', '-' or '.', starting with a letter")]
+    #[error(
+        "the kind ({bytes} bytes) is refused; a kind is 1 to 64 ASCII letters, digits, '_', '-' or '.', starting with a letter"
+    )]
     InvalidKind {
         /// Its length.
         bytes: usize,
@@ -234,7 +240,9 @@ pub enum ReplayError {
         found: Version,
     },
     /// An event that the kind's type does not know. It is kept.
-    #[error("event {event} of kind {kind} at version {version} cannot be read ({detail}); nothing is lost, use a version of the kind that knows it")]
+    #[error(
+        "event {event} of kind {kind} at version {version} cannot be read ({detail}); nothing is lost, use a version of the kind that knows it"
+    )]
     Undecodable {
         /// The kind.
         kind: String,
@@ -281,7 +289,9 @@ impl ReplayError {
 #[non_exhaustive]
 pub enum VaultError {
     /// `keys.db` does not have it.
-    #[error("keys.db does not have the entity's key, so that its events cannot be read; restore keys.db from its backup")]
+    #[error(
+        "keys.db does not have the entity's key, so that its events cannot be read; restore keys.db from its backup"
+    )]
     KeyMissing,
     /// `keys.db` cannot be read.
     #[error(transparent)]

@@ -22,17 +22,19 @@ use crate::{
     AppendError, Entity, Metadata, NewEvent, ReadError, RecordedEvent, Refused, Unavailable, Version,
     actor::{AppendRequest, EntityMessage},
     body::{Body, EncodedEvents, EventEncoder, split},
-    shard_core::ShardCore,
     identity::Identity,
     kind::{Decoded, Kind},
     live::{Durable, Live},
     replay::Opener,
     reply::{AppendReply, OwnAppends},
+    shard_core::ShardCore,
     store::{self, Inner},
 };
 
 /// How often a request looks for an entity that keeps leaving before it gives up.
 const ROUTES_MAX: usize = 100;
+/// What an append takes beside its events while it waits.
+const APPEND_BYTES: usize = 512;
 /// What an overloaded caller is told to wait.
 const RETRY_AFTER: Duration = Duration::from_millis(20);
 
@@ -259,7 +261,8 @@ impl RawHandle {
     pub async fn read(&self) -> Result<(serde_json::Value, Version), ReadError> {
         let Durable { state, version } = self.durable().await?;
         let json = self.who()?.kind.json(&state);
-        let json = json.map_err(|error| Refused::Undecodable { event: "the state".to_owned(), detail: error.to_string() })?;
+        let json =
+            json.map_err(|error| Refused::Undecodable { event: "the state".to_owned(), detail: error.to_string() })?;
         Ok((json, version))
     }
 
@@ -269,7 +272,11 @@ impl RawHandle {
     /// The entity cannot be read.
     /// # Cancel safety
     /// Cancel safe.
-    pub async fn events(&self, versions: impl RangeBounds<u64>, events_max: usize) -> Result<Vec<RecordedEvent>, ReadError> {
+    pub async fn events(
+        &self,
+        versions: impl RangeBounds<u64>,
+        events_max: usize,
+    ) -> Result<Vec<RecordedEvent>, ReadError> {
         let Who { identity, .. } = self.who()?;
         let core = self.store.core(identity)?;
         let Some(opener) = self.ask(|reply| EntityMessage::Open { reply }).await? else { return Ok(Vec::new()) };
@@ -320,20 +327,20 @@ impl RawHandle {
         let core = self.store.core(identity)?;
         let entity = identity.hash;
         let overloaded = |place: String| Unavailable::Overloaded { place, retry_after: RETRY_AFTER };
-        let shard_room = core.shard.budget().take(events.bytes);
+        let shard_room = core.shard.budget().take(events.bytes + APPEND_BYTES);
         let shard_room = shard_room.ok_or_else(|| overloaded(format!("for shard {}", core.shard.number())))?;
         let mut live = self.route(core).await?;
         let entity_room = live.appends.take(1).ok_or_else(|| overloaded(format!("for entity {entity}")))?;
         let (caller, outcome) = oneshot::channel();
         let reply = AppendReply { caller, held: (shard_room, entity_room, self.own.enter()) };
         let mut message = EntityMessage::Append(Box::new(AppendRequest { events, decoded, expected, metadata, reply }));
-        for _ in 0..ROUTES_MAX {
+        for attempt in 0..ROUTES_MAX {
             match live.actor.cast(message) {
                 Ok(()) => return Ok(Pending { entity, outcome }),
                 // It left, and did not take the message: find the next one.
                 Err(MessagingErr::SendErr(back)) => {
                     message = back;
-                    live = self.route_again(core, &live).await?;
+                    live = self.route_again(core, &live, attempt).await?;
                 }
                 Err(_) => break,
             }
@@ -362,14 +369,14 @@ impl RawHandle {
         let Who { identity, .. } = self.who()?;
         let core = self.store.core(identity)?;
         let mut live = self.route(core).await?;
-        for _ in 0..ROUTES_MAX {
+        for attempt in 0..ROUTES_MAX {
             let (reply, answer) = oneshot::channel();
             if live.actor.cast(message(reply)).is_ok()
                 && let Ok(answer) = answer.await
             {
                 return answer;
             }
-            live = self.route_again(core, &live).await?;
+            live = self.route_again(core, &live, attempt).await?;
         }
         Err(Unavailable::Interrupted { entity: identity.hash }.into())
     }
@@ -385,12 +392,15 @@ impl RawHandle {
     }
 
     /// The actor after `left`.
-    async fn route_again(&self, core: &ShardCore, left: &Arc<Live>) -> Result<Arc<Live>, ReadError> {
+    async fn route_again(&self, core: &ShardCore, left: &Arc<Live>, attempt: usize) -> Result<Arc<Live>, ReadError> {
         if self.live.load().as_ref().is_some_and(|live| Arc::ptr_eq(live, left)) {
             self.live.store(None);
         }
         // An actor that has just gone may still stand in the directory until its supervisor hears of it.
-        tokio::task::yield_now().await;
+        match attempt {
+            0..10 => tokio::task::yield_now().await,
+            _ => tokio::time::sleep(Duration::from_millis(2)).await,
+        }
         self.route(core).await
     }
 }
@@ -422,7 +432,11 @@ async fn read_events(
         for row in &rows {
             let plaintext = opener.open(row)?;
             let at = UNIX_EPOCH + Duration::from_micros(row.at_us.max(0).unsigned_abs());
-            events.extend(decode_row(row.version, at, &plaintext, &opener.row.kind)?.into_iter().filter(|event| versions.contains(&event.version.0)));
+            events.extend(
+                decode_row(row.version, at, &plaintext, &opener.row.kind)?
+                    .into_iter()
+                    .filter(|event| versions.contains(&event.version.0)),
+            );
             let beyond = match versions.end_bound() {
                 Bound::Included(end) => row.version > *end,
                 Bound::Excluded(end) => row.version >= *end,
@@ -437,9 +451,19 @@ async fn read_events(
 }
 
 /// The events of one commit.
-fn decode_row(first: u64, at: SystemTime, plaintext: &[u8], kind: &str) -> Result<Vec<RecordedEvent>, crate::ReplayError> {
+fn decode_row(
+    first: u64,
+    at: SystemTime,
+    plaintext: &[u8],
+    kind: &str,
+) -> Result<Vec<RecordedEvent>, crate::ReplayError> {
     let version = Version(first);
-    let undecodable = |detail: String| crate::ReplayError::Undecodable { kind: kind.to_owned(), event: String::new(), version, detail };
+    let undecodable = |detail: String| crate::ReplayError::Undecodable {
+        kind: kind.to_owned(),
+        event: String::new(),
+        version,
+        detail,
+    };
     let body = Body::parse(plaintext).map_err(|error| undecodable(error.to_string()))?;
     let metadata = &body.metadata;
     let event = |(version, (schema, event)): (u64, &(u32, &serde_bytes::Bytes))| {

@@ -68,7 +68,11 @@ fn tag(id: &str) -> Option<&str> {
 pub(crate) fn check_kind(kind: &str) -> Result<(), Refused> {
     let starts = kind.bytes().next().is_some_and(|byte| byte.is_ascii_alphabetic());
     let goes_on = kind.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'-' | b'.'));
-    if starts && goes_on && kind.len() <= KIND_BYTES_MAX { Ok(()) } else { Err(Refused::InvalidKind { bytes: kind.len() }) }
+    if starts && goes_on && kind.len() <= KIND_BYTES_MAX {
+        Ok(())
+    } else {
+        Err(Refused::InvalidKind { bytes: kind.len() })
+    }
 }
 
 fn check_id(id: &[u8]) -> Result<&str, Refused> {
@@ -88,8 +92,9 @@ mod tests {
     /// Entities are found by this function for ever.
     #[test]
     fn slots_are_pinned() {
-        let slots = [("account", "acc_001"), ("account", "acc_002"), ("aircraft", "N14228"), ("a", "ccount"), ("ac", "count")]
-            .map(|(kind, id)| slot_of(kind, id).number());
+        let slots =
+            [("account", "acc_001"), ("account", "acc_002"), ("aircraft", "N14228"), ("a", "ccount"), ("ac", "count")]
+                .map(|(kind, id)| slot_of(kind, id).number());
         assert_eq!(slots, [2440, 1313, 1082, 2561, 684]);
     }
 

@@ -128,8 +128,10 @@ impl Kind for DocumentKind {
 
     fn decode(&self, events: &[&[u8]]) -> Result<Decoded, Undecodable> {
         let decode = |event: &&[u8]| {
-            let (name, data) = split(event).ok_or_else(|| Undecodable { event: String::new(), detail: "it has no name".into() })?;
-            rmp_serde::from_slice(data).map_err(|error| Undecodable { event: name.to_owned(), detail: error.to_string() })
+            let (name, data) =
+                split(event).ok_or_else(|| Undecodable { event: String::new(), detail: "it has no name".into() })?;
+            rmp_serde::from_slice(data)
+                .map_err(|error| Undecodable { event: name.to_owned(), detail: error.to_string() })
         };
         Ok(Box::new(events.iter().map(decode).collect::<Result<Vec<serde_json::Value>, _>>()?))
     }

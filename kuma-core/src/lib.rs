@@ -40,7 +40,6 @@
 
 mod actor;
 mod body;
-mod shard_core;
 mod entity;
 mod error;
 mod handle;
@@ -52,6 +51,7 @@ mod replay;
 mod reply;
 mod restart;
 mod root;
+mod shard_core;
 mod store;
 mod supervisor;
 mod vault;

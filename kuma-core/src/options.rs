@@ -58,7 +58,11 @@ impl Options {
             limits: Limits { event_bytes_max: 1 << 20, append_bytes_max: 4 << 20, append_events_max: 4096 },
             entity_appends_max: 1024,
             shard_bytes_max: 64 << 20,
-            restart: RestartPolicy { failures_max: 3, window: Duration::from_secs(60), quarantine: Duration::from_secs(300) },
+            restart: RestartPolicy {
+                failures_max: 3,
+                window: Duration::from_secs(60),
+                quarantine: Duration::from_secs(300),
+            },
         }
     }
 

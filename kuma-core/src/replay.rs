@@ -16,9 +16,9 @@ use kuma_shard::{CopyId, EntityRow, LogRow, Shard};
 use crate::{
     ReadError, Refused, ReplayError, Unavailable, Version,
     body::Body,
-    shard_core::ShardCore,
     identity::Identity,
     kind::{Kind, State},
+    shard_core::ShardCore,
 };
 
 /// The first page is small: most entities are. The next ones follow the size of what was read.
@@ -50,7 +50,11 @@ pub(crate) async fn replay(core: &ShardCore, kind: &dyn Kind, identity: &Identit
     }
 }
 
-async fn find_and_fold(core: &ShardCore, kind: &dyn Kind, identity: &Identity) -> Result<Option<Replayed>, ReplayError> {
+async fn find_and_fold(
+    core: &ShardCore,
+    kind: &dyn Kind,
+    identity: &Identity,
+) -> Result<Option<Replayed>, ReplayError> {
     let entity = identity.hash;
     let Some(row) = core.shard.find_entity(CopyId::GENESIS, entity).await? else {
         return Ok(Some(Replayed { opener: None, state: kind.initial(), version: 0, at_us: 0 }));
@@ -115,7 +119,9 @@ impl Opener {
     /// Whether the sealed id is this entity's.
     pub(crate) fn check_id(&self) -> Result<(), String> {
         let EntityRow { kind, id_hash, key_id, sealed_id, .. } = &*self.row;
-        open_id(&self.key, kind, IdHash(id_hash.0), KeyId(*key_id), sealed_id).map(|_| ()).map_err(|error| error.to_string())
+        open_id(&self.key, kind, IdHash(id_hash.0), KeyId(*key_id), sealed_id)
+            .map(|_| ())
+            .map_err(|error| error.to_string())
     }
 
     fn place(&self, row: &LogRow) -> CommitPlace<'_> {

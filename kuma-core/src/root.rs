@@ -44,7 +44,12 @@ impl Actor for Root {
         Ok(RootState::default())
     }
 
-    async fn handle(&self, me: ActorRef<RootMessage>, message: RootMessage, state: &mut RootState) -> Result<(), ActorProcessingErr> {
+    async fn handle(
+        &self,
+        me: ActorRef<RootMessage>,
+        message: RootMessage,
+        state: &mut RootState,
+    ) -> Result<(), ActorProcessingErr> {
         match message {
             RootMessage::Supervise { core, reply } => {
                 let _ = reply.send(state.supervise(core, me.get_cell()).await);
@@ -69,7 +74,7 @@ impl Actor for Root {
         match state.supervisors.remove(&child.get_id()) {
             Some(core) => {
                 tracing::error!(shard = core.shard.number(), "an entity supervisor ended; it is started again");
-                core.directory.lock().clear();
+                core.forget_all();
                 if let Err(error) = state.supervise(core.clone(), me.get_cell()).await {
                     tracing::error!(shard = core.shard.number(), %error, "it could not be started; the shard is unavailable");
                 }

@@ -68,6 +68,13 @@ impl ShardCore {
         }
     }
 
+    /// Empties the directory, after all its actors went with their supervisor. Handles must not read from them any more.
+    pub(crate) fn forget_all(&self) {
+        for (_, Entry::Live(live) | Entry::Leaving(live)) in self.directory.lock().drain() {
+            *live.published.lock() = None;
+        }
+    }
+
     pub(crate) fn record_failure(&self, entity: EntityHash, why: String, hopeless: bool) {
         tracing::warn!(%entity, shard = self.shard.number(), %why, "an entity failed");
         let mut failures = self.failures.lock();

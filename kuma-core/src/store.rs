@@ -19,11 +19,11 @@ use tokio::sync::{OnceCell, oneshot};
 use crate::{
     Entity, Handle, Options, RawHandle, Refused, StartError, Unavailable, VaultError,
     body::Limits,
-    shard_core::{Entry, Settings, ShardCore},
     identity::Identity,
     kind::{DocumentKind, Kind, TypedKind},
     live::Clock,
     root::{Root, RootMessage},
+    shard_core::{Entry, Settings, ShardCore},
     supervisor::SupervisorMessage,
     vault::Vault,
 };

@@ -21,10 +21,10 @@ use tokio::sync::oneshot;
 use crate::{
     Unavailable,
     actor::{EntityActor, EntityState},
-    shard_core::{Entry, ShardCore},
     identity::Identity,
     kind::Kind,
     live::{ENTITY_BYTES, Live, Usage},
+    shard_core::{Entry, ShardCore},
 };
 
 /// Who is to be activated.
@@ -57,6 +57,10 @@ pub(crate) struct SupervisorState {
     by_actor: HashMap<ActorId, EntityHash>,
     waiting: HashMap<EntityHash, Vec<Waiter>>,
     stopping: Option<oneshot::Sender<()>>,
+    /// How many entries of the directory are not leaving.
+    live: usize,
+    /// What the states took when they were last looked at.
+    state_bytes: usize,
 }
 
 /// Whoever waits for an entity to be gone.
@@ -78,7 +82,14 @@ impl Actor for EntitySupervisor {
         let period = Duration::from_millis((core.settings.idle_ms / 4).clamp(50, 5000));
         // Ends with this actor.
         me.send_interval(period, || SupervisorMessage::Sweep);
-        Ok(SupervisorState { core, by_actor: HashMap::new(), waiting: HashMap::new(), stopping: None })
+        Ok(SupervisorState {
+            core,
+            by_actor: HashMap::new(),
+            waiting: HashMap::new(),
+            stopping: None,
+            live: 0,
+            state_bytes: 0,
+        })
     }
 
     async fn handle(
@@ -135,12 +146,19 @@ impl SupervisorState {
                 let made = self.make(kind, identity, me).await;
                 // A caller that is gone leaves an idle entity behind, which the sweep finds.
                 let _ = reply.send(made);
-                self.keep_budget();
+                if self.live * ENTITY_BYTES + self.state_bytes > self.core.settings.memory_bytes_max {
+                    self.keep_budget();
+                }
             }
         }
     }
 
-    async fn make(&mut self, kind: Arc<dyn Kind>, identity: Arc<Identity>, me: ActorCell) -> Result<Arc<Live>, Unavailable> {
+    async fn make(
+        &mut self,
+        kind: Arc<dyn Kind>,
+        identity: Arc<Identity>,
+        me: ActorCell,
+    ) -> Result<Arc<Live>, Unavailable> {
         let entity = identity.hash;
         self.core.check_quarantine(entity)?;
         let (published, usage) = (Arc::new(Mutex::new(None)), Arc::new(Usage::default()));
@@ -159,6 +177,7 @@ impl SupervisorState {
         let appends = Budget::new(self.core.settings.entity_appends_max);
         let live = Arc::new(Live { actor, published, appends, usage });
         self.core.directory.lock().insert(entity, Entry::Live(live.clone()));
+        self.live += 1;
         Ok(live)
     }
 
@@ -180,6 +199,7 @@ impl SupervisorState {
             let live = live.clone();
             *entry = Entry::Leaving(live.clone());
             drop(directory);
+            self.live -= 1;
             // An actor that is gone already has told so, or will.
             let _ = live.actor.get_cell().drain();
         }
@@ -190,9 +210,9 @@ impl SupervisorState {
         if failed {
             self.core.record_failure(entity, "its actor failed".to_owned(), false);
         }
-        if let Some(entry) = self.core.directory.lock().get_mut(&entity)
-            && let Entry::Live(live) | Entry::Leaving(live) = entry
-        {
+        if let Some(entry) = self.core.directory.lock().get_mut(&entity) {
+            self.live -= usize::from(matches!(entry, Entry::Live(_)));
+            let (Entry::Live(live) | Entry::Leaving(live)) = &*entry;
             let live = live.clone();
             // Handles that still know it must not read from it: the next activation moves on without it.
             *live.published.lock() = None;
@@ -234,14 +254,9 @@ impl SupervisorState {
     /// Lets the least recently used entities go, down to nine tenths of the budget, so that not every activation has to look.
     fn keep_budget(&mut self) {
         let max = self.core.settings.memory_bytes_max;
-        if self.by_actor.len() * ENTITY_BYTES <= max / 10 * 9 {
-            // Not even if every state were empty; states are looked at by the sweep when there are many entities.
-            if self.by_actor.len() * ENTITY_BYTES <= max / 4 {
-                return;
-            }
-        }
         let mut entities = self.live_entities(|_| true);
         let mut bytes: usize = entities.iter().map(|(_, _, bytes)| bytes).sum();
+        self.state_bytes = bytes.saturating_sub(entities.len() * ENTITY_BYTES);
         if bytes <= max {
             return;
         }

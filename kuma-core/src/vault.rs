@@ -23,7 +23,12 @@ pub(crate) struct Vault {
 
 impl Vault {
     /// Opens the vault of a store, or gives a new store its secret.
-    pub(crate) async fn open(keys: KeyStore, master: Arc<dyn MasterKey>, context: String, is_new: bool) -> Result<Self, VaultError> {
+    pub(crate) async fn open(
+        keys: KeyStore,
+        master: Arc<dyn MasterKey>,
+        context: String,
+        is_new: bool,
+    ) -> Result<Self, VaultError> {
         let aad = id_secret_aad(&context);
         let ids = match keys.secret(ID_SECRET).await? {
             Some(wrapped) => IdSecret::from(master.unwrap(&wrapped, &aad).await?),

@@ -1,11 +1,11 @@
 //! Verification of a whole store: what the shards check without keys, and that every commit opens with its entity's key.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{HashMap, HashSet, hash_map::Entry};
 
 use kuma_crypto::KeyId;
 use kuma_shard::{EntityHash, ReadError, ShardReport};
 
-use crate::{Kuma, body::Body, shard_core::ShardCore, replay::Opener};
+use crate::{Kuma, body::Body, replay::Opener, shard_core::ShardCore};
 
 /// Unwrapped keys that are kept while a shard is walked; commits come in the order of the log.
 const KEYS_MAX: usize = 65_536;
@@ -76,7 +76,8 @@ impl Kuma {
             shards.push(ShardVerification { shard, outcome });
         }
         let mut keys_without_entity = 0;
-        let report = self.vault().keys.verify(|row| keys_without_entity += u64::from(!used_keys.contains(&row.key_id))).await?;
+        let report =
+            self.vault().keys.verify(|row| keys_without_entity += u64::from(!used_keys.contains(&row.key_id))).await?;
         Ok(Verification { shards, keys: report.keys, keys_damage: report.damage, keys_without_entity })
     }
 }
@@ -92,12 +93,15 @@ async fn verify_shard(
             if openers.len() >= KEYS_MAX {
                 openers.clear();
             }
-            if !openers.contains_key(&row.eid) {
-                let key = core.vault.key(row.id_hash, KeyId(row.key_id)).await.map_err(|error| error.to_string())?;
-                used_keys.insert(row.key_id);
-                openers.insert(row.eid, Opener { row: row.clone().into(), key });
-            }
-            let Some(opener) = openers.get(&row.eid) else { return Ok(()) };
+            let opener = match openers.entry(row.eid) {
+                Entry::Occupied(entry) => entry.into_mut(),
+                Entry::Vacant(entry) => {
+                    let key =
+                        core.vault.key(row.id_hash, KeyId(row.key_id)).await.map_err(|error| error.to_string())?;
+                    used_keys.insert(row.key_id);
+                    entry.insert(Opener { row: row.clone().into(), key })
+                }
+            };
             opener.check_id()?;
             let plaintext = opener.open(commit).map_err(|error| error.to_string())?;
             let body = Body::parse(&plaintext).map_err(|error| error.to_string())?;

@@ -26,7 +26,11 @@ pub struct Activation {
 impl Activation {
     /// An activation that was replayed up to `version`.
     pub fn at(version: u64) -> Self {
-        Activation { committed: AtomicU64::new(version), written: AtomicU64::new(version), voided: AtomicBool::new(false) }
+        Activation {
+            committed: AtomicU64::new(version),
+            written: AtomicU64::new(version),
+            voided: AtomicBool::new(false),
+        }
     }
 
     /// The newest durable version.

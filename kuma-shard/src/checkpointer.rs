@@ -4,14 +4,11 @@
 //! - It never stands in the path of an acknowledgement for longer than the rest that the writer copies between two transactions.
 //! - A failed checkpoint changes nothing: the log keeps all, and the next attempt writes every page anew.
 
-use std::sync::{
-    Arc,
-    atomic::Ordering::Relaxed,
-};
+use std::sync::{Arc, atomic::Ordering::Relaxed};
 
 use ractor::ActorRef;
-use sqlx::SqliteConnection;
-use tokio::sync::Notify;
+use sqlx::{Connection, SqliteConnection};
+use tokio::sync::{Notify, oneshot};
 
 use crate::{
     WriterStats,
@@ -31,16 +28,21 @@ const ROUNDS_MAX: usize = 3;
 /// A log this long (256 MiB) means that a reader is in the way.
 const WARN_PAGES: u64 = 65_536;
 
-/// Runs until it is aborted or the writer is gone.
+/// Runs until `stop` is dropped, then closes its connection.
 pub(crate) async fn run<B: Book>(
     mut connection: SqliteConnection,
     wake: Arc<Notify>,
+    mut stop: oneshot::Receiver<()>,
     writer: ActorRef<WriterMessage<B>>,
     file: Arc<str>,
     stats: Arc<WriterStats>,
 ) {
     loop {
-        wake.notified().await;
+        // Only waiting is given up here, never a checkpoint.
+        tokio::select! {
+            () = wake.notified() => {}
+            _ = &mut stop => break,
+        }
         match look_and_copy(&mut connection, &writer, &stats).await {
             Ok(pages) if pages > WARN_PAGES => {
                 tracing::warn!(%file, pages, "the log grows: a reader holds an old state open");
@@ -51,6 +53,8 @@ pub(crate) async fn run<B: Book>(
             }
         }
     }
+    // Nothing is lost with it: the writer's connection is still there.
+    let _ = connection.close().await;
 }
 
 async fn look_and_copy<B: Book>(

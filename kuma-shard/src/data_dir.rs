@@ -33,7 +33,9 @@ pub enum DataDirError {
         holder: String,
     },
     /// It belongs to a store with another name.
-    #[error("{path} holds the store \"{found}\", not \"{expected}\"; choose its data directory, or open it under its own name")]
+    #[error(
+        "{path} holds the store \"{found}\", not \"{expected}\"; choose its data directory, or open it under its own name"
+    )]
     OtherContext {
         /// The directory.
         path: PathBuf,
@@ -43,7 +45,9 @@ pub enum DataDirError {
         expected: String,
     },
     /// The number of shards is fixed at creation.
-    #[error("{path} was created with {found} shards, not {expected}; leave the option out, or move the data to a new store")]
+    #[error(
+        "{path} was created with {found} shards, not {expected}; leave the option out, or move the data to a new store"
+    )]
     OtherShards {
         /// The directory.
         path: PathBuf,
@@ -53,7 +57,9 @@ pub enum DataDirError {
         expected: u16,
     },
     /// A newer Kuma made it.
-    #[error("{path} has format {found}, this version of Kuma reads up to {supported}; use the newer version, nothing was changed")]
+    #[error(
+        "{path} has format {found}, this version of Kuma reads up to {supported}; use the newer version, nothing was changed"
+    )]
     Newer {
         /// The directory.
         path: PathBuf,
@@ -136,7 +142,10 @@ impl DataDir {
                 return Ok(DataDir { path: path.to_owned(), store: store.clone(), disk_id: *disk_id, _lock: lock });
             }
         } else if has_data(path) {
-            return Err(DataDirError::NoIdentity { path: store_path, state: "missing although there is data".to_owned() });
+            return Err(DataDirError::NoIdentity {
+                path: store_path,
+                state: "missing although there is data".to_owned(),
+            });
         }
         remove_unfinished(path).map_err(fail)?;
         let disk_id = DiskId::generate().map_err(|_| DataDirError::NoRandomness)?;
@@ -206,7 +215,8 @@ fn parse(store_path: &Path, path: &Path, bytes: &[u8]) -> Result<(StoreFile, Dis
     if found > STORE_FORMAT {
         return Err(DataDirError::Newer { path: path.to_owned(), found, supported: STORE_FORMAT });
     }
-    let store: StoreFile = serde_json::from_slice(bytes).map_err(|error| unreadable(format!("not readable ({error})")))?;
+    let store: StoreFile =
+        serde_json::from_slice(bytes).map_err(|error| unreadable(format!("not readable ({error})")))?;
     let disk_id = hex::decode(&store.disk_id).ok().and_then(|bytes| bytes.try_into().ok());
     let disk_id = disk_id.ok_or_else(|| unreadable("damaged (its disk id)".to_owned()))?;
     Ok((store, DiskId(disk_id)))
@@ -235,7 +245,8 @@ fn lock(path: &Path) -> Result<File, DataDirError> {
 /// Makes the directory and its missing parents, and syncs the parent of each: a database in a directory whose own entry was never
 /// synced is gone after a power loss, however well it was synced itself.
 fn create_directory(path: &Path) -> io::Result<()> {
-    let missing: Vec<&Path> = path.ancestors().take_while(|path| !path.as_os_str().is_empty() && !path.exists()).collect();
+    let missing: Vec<&Path> =
+        path.ancestors().take_while(|path| !path.as_os_str().is_empty() && !path.exists()).collect();
     fs::create_dir_all(path)?;
     for made in missing.iter().rev() {
         let parent = made.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));

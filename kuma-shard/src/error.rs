@@ -36,7 +36,9 @@ pub enum OpenError {
         detail: String,
     },
     /// The watermark file is missing or unreadable, so that a loss could not be noticed.
-    #[error("the watermark {path} is {state}, so that a loss of acknowledged events would go unnoticed; put it back or restore the store from a backup")]
+    #[error(
+        "the watermark {path} is {state}, so that a loss of acknowledged events would go unnoticed; put it back or restore the store from a backup"
+    )]
     NoWatermark {
         /// The watermark file.
         path: PathBuf,
@@ -52,7 +54,9 @@ pub enum OpenError {
         detail: String,
     },
     /// A newer Kuma wrote the file.
-    #[error("{path} has format {found}, this version of Kuma reads up to {supported}; use the newer version, nothing was changed")]
+    #[error(
+        "{path} has format {found}, this version of Kuma reads up to {supported}; use the newer version, nothing was changed"
+    )]
     Newer {
         /// The file.
         path: PathBuf,
@@ -163,7 +167,9 @@ pub enum CommitError {
     #[error(transparent)]
     NotWritten(#[from] NotWritten),
     /// It may or may not have been written: the file could not be read back.
-    #[error("the disk failed under {file} ({detail}) and it could not be read back; the commit may or may not have been written")]
+    #[error(
+        "the disk failed under {file} ({detail}) and it could not be read back; the commit may or may not have been written"
+    )]
     Unknown {
         /// The database file's name.
         file: String,
@@ -196,7 +202,9 @@ pub enum ReadError {
         source: sqlx::Error,
     },
     /// A sync failed and what is on the disk is not known yet; it is found out by itself.
-    #[error("{file} is closed after a failed sync until its log was copied; it is tried again by itself, retry after a while")]
+    #[error(
+        "{file} is closed after a failed sync until its log was copied; it is tried again by itself, retry after a while"
+    )]
     Closed {
         /// The database file's name.
         file: String,

@@ -206,9 +206,9 @@ impl KeyStore {
             book: KeyBook { digest: opened.stored.progress.digest, staged: None },
             stats: stats.clone(),
         };
-        let (writer, _) = Actor::spawn_linked(None, Writer::new(), arguments, supervisor)
-            .await
-            .map_err(|error| OpenError::Io { path: spec.path.clone(), source: std::io::Error::other(error.to_string()) })?;
+        let (writer, _) = Actor::spawn_linked(None, Writer::new(), arguments, supervisor).await.map_err(|error| {
+            OpenError::Io { path: spec.path.clone(), source: std::io::Error::other(error.to_string()) }
+        })?;
         let readers = sqlite::reader_pool(&spec.path, options, READERS);
         Ok(KeyStore { inner: Arc::new(Inner { file: sqlite::file_name(&spec.path), writer, readers, stats }) })
     }
@@ -242,7 +242,8 @@ impl KeyStore {
         if self.inner.writer.cast(WriterMessage::Submit(KeyEntry { change, reply })).is_err() {
             return Err(NotWritten::Stopping.into());
         }
-        let unknown = |_| CommitError::Unknown { file: self.inner.file.to_string(), detail: "its writer stopped".to_owned() };
+        let unknown =
+            |_| CommitError::Unknown { file: self.inner.file.to_string(), detail: "its writer stopped".to_owned() };
         settled.await.map_err(unknown)?
     }
 

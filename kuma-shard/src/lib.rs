@@ -42,8 +42,8 @@ pub use shard::{LogRow, Shard, ShardOptions};
 pub use sqlite::{Durability, FileOptions, missing_build_settings};
 pub use verify::ShardReport;
 pub use watermark::WATERMARK_DELAY;
-pub(crate) use writer::WriterStats;
 pub use writer::StatsView;
+pub(crate) use writer::WriterStats;
 
 /// The first eight bytes of a hash, as SQLite stores an integer.
 pub(crate) fn first_eight(hash: &[u8; 32]) -> i64 {

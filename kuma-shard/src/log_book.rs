@@ -148,7 +148,8 @@ impl LogBook {
     fn place(&mut self, commit: &Commit) -> Option<Place> {
         let (index, mut image) = self.image(commit.entity.slot)?;
         let staged = self.staged.as_mut()?;
-        let mut place = Place { position: staged.next_position, seq: image.next_seq, epoch: image.epoch.to_i64(), checksum: 0 };
+        let mut place =
+            Place { position: staged.next_position, seq: image.next_seq, epoch: image.epoch.to_i64(), checksum: 0 };
         let hash = RowHash::of(&RowFields {
             slot: commit.entity.slot,
             seq: place.seq,
@@ -189,16 +190,24 @@ impl LogBook {
                 }
             }
         }
-        let commits: Vec<&Commit> =
-            group.iter().filter(|entry| entry.refusal.is_none()).filter_map(|entry| entry.submission.commit.as_ref()).collect();
-        let created: Vec<&EntityRow> = commits.iter().filter(|commit| commit.create).map(|commit| &*commit.entity).collect();
+        let commits: Vec<&Commit> = group
+            .iter()
+            .filter(|entry| entry.refusal.is_none())
+            .filter_map(|entry| entry.submission.commit.as_ref())
+            .collect();
+        let created: Vec<&EntityRow> =
+            commits.iter().filter(|commit| commit.create).map(|commit| &*commit.entity).collect();
         ENTITY.insert(connection, &created, |query, entity| bind_entity(query, entity)).await?;
         let rows: Vec<(&Commit, &Place)> = commits.into_iter().zip(&places).collect();
         LOG.insert(connection, &rows, |query, (commit, place)| bind_commit(query, commit, place)).await
     }
 
     /// The way to find out which commit of a group does not fit: each in a savepoint of its own.
-    async fn write_one_by_one(&mut self, connection: &mut SqliteConnection, group: &mut [LogEntry]) -> sqlx::Result<()> {
+    async fn write_one_by_one(
+        &mut self,
+        connection: &mut SqliteConnection,
+        group: &mut [LogEntry],
+    ) -> sqlx::Result<()> {
         self.stage();
         let mut poisoned = Vec::new();
         for entry in group.iter_mut().filter(|entry| entry.refusal.is_none()) {
@@ -215,7 +224,8 @@ impl LogBook {
                 if commit.create {
                     ENTITY.insert(connection, &[&*commit.entity], |query, entity| bind_entity(query, entity)).await?;
                 }
-                LOG.insert(connection, &[(commit, &place)], |query, (commit, place)| bind_commit(query, commit, place)).await
+                LOG.insert(connection, &[(commit, &place)], |query, (commit, place)| bind_commit(query, commit, place))
+                    .await
             }
             .await;
             match written {
@@ -223,13 +233,16 @@ impl LogBook {
                 Err(error) if sqlite::trouble(&error) == Trouble::Constraint => {
                     execute(connection, "ROLLBACK TO one").await?;
                     execute(connection, "RELEASE one").await?;
-                    if let (Some(staged), Some((position, digest)), Some((index, image))) = (&mut self.staged, before, slot_before) {
+                    if let (Some(staged), Some((position, digest)), Some((index, image))) =
+                        (&mut self.staged, before, slot_before)
+                    {
                         staged.next_position = position;
                         staged.digest = digest;
                         staged.slots.insert(index, image);
                     }
                     poisoned.push(address(&entry.submission.activation));
-                    entry.refusal = Some(NotWritten::Conflict { file: self.file.to_string(), detail: sqlite::detail(&error) });
+                    entry.refusal =
+                        Some(NotWritten::Conflict { file: self.file.to_string(), detail: sqlite::detail(&error) });
                 }
                 Err(error) => return Err(error),
             }
@@ -251,10 +264,11 @@ impl Book for LogBook {
     type Entry = LogEntry;
 
     fn size(entry: &LogEntry) -> Size {
-        entry.submission.commit.as_ref().map_or(Size::default(), |commit| Size {
-            bytes: commit.body.len() + 128,
-            events: commit.count as usize,
-        })
+        entry
+            .submission
+            .commit
+            .as_ref()
+            .map_or(Size::default(), |commit| Size { bytes: commit.body.len() + 128, events: commit.count as usize })
     }
 
     fn has_work(&self, group: &[LogEntry]) -> bool {
@@ -283,7 +297,9 @@ impl Book for LogBook {
 
     fn progress(&self) -> Progress {
         match &self.staged {
-            None => Progress { next_position: self.next_position, mark_position: self.mark_position, digest: self.digest },
+            None => {
+                Progress { next_position: self.next_position, mark_position: self.mark_position, digest: self.digest }
+            }
             Some(staged) => Progress {
                 next_position: staged.next_position,
                 mark_position: if staged.marks { staged.next_position - 1 } else { self.mark_position },

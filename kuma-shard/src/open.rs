@@ -93,16 +93,20 @@ impl FileSpec {
             return Err(OpenError::Missing { path: self.path.clone() });
         }
         let watermark_path = WatermarkFile::path_for(&self.path);
-        let mark = match WatermarkFile::read(&watermark_path).map_err(|source| io_error(watermark_path.clone(), source))? {
-            Found::Newest(mark) => mark,
-            Found::Missing => return Err(OpenError::NoWatermark { path: watermark_path, state: "missing" }),
-            Found::Damaged => return Err(OpenError::NoWatermark { path: watermark_path, state: "damaged" }),
-        };
+        let mark =
+            match WatermarkFile::read(&watermark_path).map_err(|source| io_error(watermark_path.clone(), source))? {
+                Found::Newest(mark) => mark,
+                Found::Missing => return Err(OpenError::NoWatermark { path: watermark_path, state: "missing" }),
+                Found::Damaged => return Err(OpenError::NoWatermark { path: watermark_path, state: "damaged" }),
+            };
         let stored = self.inspect(&mark).await?;
         let mut connection =
             sqlite::connect_writer(&self.path, &self.options, false).await.map_err(|error| self.sqlite_error(error))?;
         let truncated = sqlite::checkpoint(&mut connection, CheckpointMode::Truncate).await;
-        truncated.map_err(|error| self.sqlite_error(error))?;
+        if truncated.map_err(|error| self.sqlite_error(error))?.busy {
+            let source = std::io::Error::other("another connection reads it, so that its log cannot be copied");
+            return Err(OpenError::Io { path: self.path.clone(), source });
+        }
         let watermark = WatermarkFile::open(&watermark_path).map_err(|source| io_error(watermark_path, source))?;
         let witnessed = (mark.commits == stored.commits).then_some(mark.digest);
         Ok(Opened { connection, watermark, witnessed, stored })

@@ -38,14 +38,16 @@ pub(crate) async fn write_and_commit(connection: &mut SqliteConnection, stored: 
 
 /// Inserts the row of a new file.
 pub(crate) async fn insert(connection: &mut SqliteConnection, stored: &Stored) -> sqlx::Result<()> {
-    sqlx::query("INSERT INTO progress(one, commits, next_position, mark_position, digest, checksum) VALUES (1, ?, ?, ?, ?, ?)")
-        .bind(stored.commits.cast_signed())
-        .bind(stored.progress.next_position.cast_signed())
-        .bind(stored.progress.mark_position.cast_signed())
-        .bind(stored.progress.digest.to_bytes().to_vec())
-        .bind(checksum(stored))
-        .execute(connection)
-        .await?;
+    sqlx::query(
+        "INSERT INTO progress(one, commits, next_position, mark_position, digest, checksum) VALUES (1, ?, ?, ?, ?, ?)",
+    )
+    .bind(stored.commits.cast_signed())
+    .bind(stored.progress.next_position.cast_signed())
+    .bind(stored.progress.mark_position.cast_signed())
+    .bind(stored.progress.digest.to_bytes().to_vec())
+    .bind(checksum(stored))
+    .execute(connection)
+    .await?;
     Ok(())
 }
 

@@ -173,6 +173,9 @@ mod tests {
     /// The stored bytes of every existing row depend on this encoding.
     #[test]
     fn the_row_hash_is_pinned() {
-        assert_eq!(hex::encode(RowHash::of(&row(1)).0), "971e974eb0caadc4876b28b38de718f9124a3fbf7a06289f5dca1d73f7333b08");
+        assert_eq!(
+            hex::encode(RowHash::of(&row(1)).0),
+            "971e974eb0caadc4876b28b38de718f9124a3fbf7a06289f5dca1d73f7333b08"
+        );
     }
 }

@@ -15,8 +15,8 @@ use sqlx::{Row, SqliteConnection, SqlitePool, sqlite::SqliteRow};
 use tokio::sync::oneshot;
 
 use crate::{
-    Budget, CommitError, CopyId, DiskId, EntityHash, EntityRow, Epoch, FileOptions, NotWritten, OpenError, ReadError, Slot,
-    StatsView, Submission, WriterStats,
+    Budget, CommitError, CopyId, DiskId, EntityHash, EntityRow, Epoch, FileOptions, NotWritten, OpenError, ReadError,
+    Slot, StatsView, Submission, WriterStats,
     book::{Book, Progress},
     log_book::{LogBook, LogEntry},
     open::FileSpec,
@@ -136,9 +136,9 @@ impl Shard {
             stats: stats.clone(),
             path: spec.path.clone(),
         };
-        let (writer, _) = Actor::spawn_linked(None, Writer::new(), arguments, supervisor)
-            .await
-            .map_err(|error| OpenError::Io { path: spec.path.clone(), source: std::io::Error::other(error.to_string()) })?;
+        let (writer, _) = Actor::spawn_linked(None, Writer::new(), arguments, supervisor).await.map_err(|error| {
+            OpenError::Io { path: spec.path.clone(), source: std::io::Error::other(error.to_string()) }
+        })?;
         let inner = Inner {
             number: options.number,
             file,
@@ -333,7 +333,8 @@ async fn load(
     progress: &Progress,
     file: &Arc<str>,
 ) -> Result<(LogBook, i64), OpenError> {
-    let loaded = slots::load(connection, options.number, options.shards).await.map_err(|error| spec.read_failed(error))?;
+    let loaded =
+        slots::load(connection, options.number, options.shards).await.map_err(|error| spec.read_failed(error))?;
     let mut images = loaded.map_err(|detail| spec.damaged(detail))?;
     let dirty = fold_tail(spec, connection, progress, &mut images, options.shards).await?;
     let mut digest = crate::Digest::default();

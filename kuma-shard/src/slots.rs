@@ -110,7 +110,10 @@ pub(crate) fn index(slot: Slot, shards: u16) -> usize {
 }
 
 /// Writes slots as they are in memory.
-pub(crate) async fn store(connection: &mut SqliteConnection, slots: impl Iterator<Item = &SlotImage>) -> sqlx::Result<()> {
+pub(crate) async fn store(
+    connection: &mut SqliteConnection,
+    slots: impl Iterator<Item = &SlotImage>,
+) -> sqlx::Result<()> {
     for image in slots {
         sqlx::query(
             "INSERT OR REPLACE INTO slot_token(slot, state, epoch, floor, copy, next_seq, len, digest, checksum)
@@ -132,7 +135,11 @@ pub(crate) async fn store(connection: &mut SqliteConnection, slots: impl Iterato
 }
 
 /// Reads all slots of a shard; `Err` in the inner result says which row is damaged or missing.
-pub(crate) async fn load(connection: &mut SqliteConnection, number: u16, shards: u16) -> sqlx::Result<Result<Vec<SlotImage>, String>> {
+pub(crate) async fn load(
+    connection: &mut SqliteConnection,
+    number: u16,
+    shards: u16,
+) -> sqlx::Result<Result<Vec<SlotImage>, String>> {
     let rows = sqlx::query("SELECT * FROM slot_token ORDER BY slot").fetch_all(connection).await?;
     let mut images = Vec::with_capacity(rows.len());
     for (row, expected) in rows.iter().zip(slots_of(number, shards)) {

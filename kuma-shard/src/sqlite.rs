@@ -8,7 +8,9 @@ use std::{path::Path, sync::Arc, time::Duration};
 
 use sqlx::{
     ConnectOptions, Connection, Row,
-    sqlite::{SqliteConnectOptions, SqliteConnection, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous},
+    sqlite::{
+        SqliteConnectOptions, SqliteConnection, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous,
+    },
 };
 
 /// What an acknowledgement means.
@@ -102,10 +104,8 @@ pub(crate) async fn connect_inspector(path: &Path, file: &FileOptions) -> sqlx::
 
 /// A few connections that only read. They open on demand.
 pub(crate) fn reader_pool(path: &Path, file: &FileOptions, connections: u32) -> SqlitePool {
-    let options = options(path, file)
-        .read_only(true)
-        .row_buffer_size(1024)
-        .pragma("cache_size", format!("-{READER_CACHE_KIB}"));
+    let options =
+        options(path, file).read_only(true).row_buffer_size(1024).pragma("cache_size", format!("-{READER_CACHE_KIB}"));
     SqlitePoolOptions::new()
         .max_connections(connections)
         .test_before_acquire(false)

@@ -61,12 +61,14 @@ impl Shard {
         let mut versions = BTreeMap::new();
         let mut after = 0;
         loop {
-            let rows = sqlx::query("SELECT * FROM log NOT INDEXED WHERE position > ? AND position < ? ORDER BY position LIMIT ?")
-                .bind(i64::try_from(after).unwrap_or(i64::MAX))
-                .bind(i64::try_from(end).unwrap_or(i64::MAX))
-                .bind(PAGE_ROWS)
-                .fetch_all(self.readers())
-                .await;
+            let rows = sqlx::query(
+                "SELECT * FROM log NOT INDEXED WHERE position > ? AND position < ? ORDER BY position LIMIT ?",
+            )
+            .bind(i64::try_from(after).unwrap_or(i64::MAX))
+            .bind(i64::try_from(end).unwrap_or(i64::MAX))
+            .bind(PAGE_ROWS)
+            .fetch_all(self.readers())
+            .await;
             let rows = match rows.map_err(|error| self.read_error(error)) {
                 Err(error) if error.is_damage() => {
                     report.damage.push(words(&error));
@@ -89,9 +91,15 @@ impl Shard {
                         let next = versions.entry(entity.eid).or_insert(1);
                         let dense = log_row.version == *next && log_row.slot == entity.slot;
                         *next = log_row.version + u64::from(log_row.count);
-                        if dense { each(entity, &log_row).await } else { Err(format!("version {} is out of place", log_row.version)) }
+                        if dense {
+                            each(entity, &log_row).await
+                        } else {
+                            Err(format!("version {} is out of place", log_row.version))
+                        }
                     }
-                    Ok((log_row, ..)) => Err(format!("the row at position {} does not match its checksum", log_row.position)),
+                    Ok((log_row, ..)) => {
+                        Err(format!("the row at position {} does not match its checksum", log_row.position))
+                    }
                     Err(error) => Err(crate::sqlite::detail(&error)),
                 };
                 if let Err(detail) = found {

@@ -165,6 +165,8 @@ pub(crate) struct WriterState<B: Book> {
     marks: Option<(watch::Sender<Mark>, oneshot::Sender<()>)>,
     watermark: JoinHandle<()>,
     checkpointer: JoinHandle<()>,
+    /// Dropped to end the checkpointer.
+    stop_checkpointer: Option<oneshot::Sender<()>>,
     checkpoint: Arc<Notify>,
     written_bytes: u64,
     stats: Arc<WriterStats>,
@@ -180,14 +182,17 @@ impl<B: Book> Actor for Writer<B> {
         myself: ActorRef<Self::Msg>,
         arguments: Self::Arguments,
     ) -> Result<Self::State, ActorProcessingErr> {
-        let WriterArguments { path, options, disk_id, connection, checkpointer, watermark, commits, book, stats } = arguments;
+        let WriterArguments { path, options, disk_id, connection, checkpointer, watermark, commits, book, stats } =
+            arguments;
         let mark = Mark { commits, disk_id, digest: book.progress().digest };
         let (marks, changes) = watch::channel(mark);
         let checkpoint = Arc::new(Notify::new());
         let file = sqlite::file_name(&path);
         let (closing, closed) = oneshot::channel();
         let keeper = keep_watermark(watermark, changes, closed, file.clone(), stats.clone());
-        let checkpointer = checkpointer::run(checkpointer, checkpoint.clone(), myself, file.clone(), stats.clone());
+        let (stop_checkpointer, stopped) = oneshot::channel();
+        let checkpointer =
+            checkpointer::run(checkpointer, checkpoint.clone(), stopped, myself, file.clone(), stats.clone());
         Ok(WriterState {
             file,
             path,
@@ -207,6 +212,7 @@ impl<B: Book> Actor for Writer<B> {
             marks: Some((marks, closing)),
             watermark: tokio::spawn(keeper),
             checkpointer: tokio::spawn(checkpointer),
+            stop_checkpointer: Some(stop_checkpointer),
             checkpoint,
             written_bytes: 0,
             stats,
@@ -256,7 +262,8 @@ impl<B: Book> Actor for Writer<B> {
     }
 }
 
-/// How a failed group ended.
+/// How a failed group ended. What was staged is kept or dropped accordingly; while that is unknown it stays staged, and the file
+/// tells when it can be opened again.
 enum Outcome {
     Written,
     NotWritten(NotWritten),
@@ -308,21 +315,16 @@ impl<B: Book> WriterState<B> {
         tracing::trace!(target: "kuma::commit", file = %self.file, entries, "begin");
         let mut committing = false;
         let result = transaction(connection, &mut self.book, &mut group, self.commits + 1, &mut committing).await;
-        let outcome = match result {
-            Ok(()) => Outcome::Written,
-            Err(error) => self.recover(error, committing).await,
-        };
-        let settlement = match outcome {
-            Outcome::Written => {
+        let settlement = match result {
+            Ok(()) => {
                 self.written();
                 Ok(())
             }
-            Outcome::NotWritten(why) => {
-                self.book.drop_staged();
-                Err(CommitError::NotWritten(why))
-            }
-            // What is staged stays so: the file will tell when it can be opened again.
-            Outcome::Unknown { detail } => Err(CommitError::Unknown { file: self.file.to_string(), detail }),
+            Err(error) => match self.recover(error, committing).await {
+                Outcome::Written => Ok(()),
+                Outcome::NotWritten(why) => Err(CommitError::NotWritten(why)),
+                Outcome::Unknown { detail } => Err(CommitError::Unknown { file: self.file.to_string(), detail }),
+            },
         };
         tracing::trace!(target: "kuma::commit", file = %self.file, entries, ok = settlement.is_ok(), "end");
         self.stats.groups.fetch_add(1, Relaxed);
@@ -390,6 +392,7 @@ impl<B: Book> WriterState<B> {
         }
         // COMMIT was never sent, so that there is no doubt.
         self.in_doubt = false;
+        self.book.drop_staged();
         Outcome::NotWritten(NotWritten::Closed { file: self.file.to_string(), detail })
     }
 
@@ -406,14 +409,18 @@ impl<B: Book> WriterState<B> {
         if self.connection.is_some() {
             return Ok(());
         }
-        let mut connection = sqlite::connect_writer(&self.path, &self.options, false).await.map_err(|error| sqlite::detail(&error))?;
+        let mut connection =
+            sqlite::connect_writer(&self.path, &self.options, false).await.map_err(|error| sqlite::detail(&error))?;
         match self.read_back(&mut connection).await {
             Ok(stored) => {
                 let happened = self.in_doubt && stored.commits == self.commits + 1;
                 if !happened && stored.commits != self.commits {
                     let _ = connection.close().await;
                     let commits = self.commits;
-                    return Err(format!("its commit counter is {}, expected {commits}; restart the store", stored.commits));
+                    return Err(format!(
+                        "its commit counter is {}, expected {commits}; restart the store",
+                        stored.commits
+                    ));
                 }
                 if happened {
                     self.written();
@@ -439,7 +446,9 @@ impl<B: Book> WriterState<B> {
 
     async fn read_back(&mut self, connection: &mut SqliteConnection) -> Result<Stored, String> {
         if self.truncate_first {
-            let done = sqlite::checkpoint(connection, CheckpointMode::Truncate).await.map_err(|error| sqlite::detail(&error))?;
+            let done = sqlite::checkpoint(connection, CheckpointMode::Truncate)
+                .await
+                .map_err(|error| sqlite::detail(&error))?;
             if done.busy {
                 return Err("a reader was in the way of the checkpoint that a failed sync calls for".to_owned());
             }
@@ -460,7 +469,9 @@ impl<B: Book> WriterState<B> {
                 tracing::debug!(target: "kuma::checkpoint", file = %self.file, pages = done.log_pages, copied = done.copied_pages, "done");
             }
             // Safe to try again: the log was synced, and every page is written anew.
-            Err(error) => tracing::warn!(file = %self.file, error = %sqlite::detail(&error), "a checkpoint failed; it is tried again"),
+            Err(error) => {
+                tracing::warn!(file = %self.file, error = %sqlite::detail(&error), "a checkpoint failed; it is tried again")
+            }
         }
     }
 
@@ -468,7 +479,11 @@ impl<B: Book> WriterState<B> {
         self.book.request_marks();
         self.flush().await;
         self.stopping = true;
-        self.checkpointer.abort();
+        // It finishes what it is at, and closes its connection.
+        self.stop_checkpointer = None;
+        if let Err(error) = (&mut self.checkpointer).await {
+            tracing::warn!(file = %self.file, %error, "the checkpointer's task failed");
+        }
         // The task writes the newest mark and ends.
         self.marks = None;
         if let Err(error) = (&mut self.watermark).await {
