@@ -28,8 +28,8 @@
 //! # let path = dir.path();
 //! let kuma = Kuma::start(Options::new(path)).await?;
 //! let account = kuma.entity::<Account>("acc_001");
-//! account.append(AccountEvent::Deposited { amount: 1000 }).await?; // on the disk when it returns
-//! let version = account.append(AccountEvent::Withdrawn { amount: 200 }).expecting(Version(1)).await?;
+//! let deposited = account.append(AccountEvent::Deposited { amount: 1000 }).await?; // on the disk when it returns
+//! let version = account.append(AccountEvent::Withdrawn { amount: 200 }).expecting(deposited).await?;
 //! assert_eq!((account.read().await?.balance, version), (800, Version(2)));
 //! kuma.shutdown().await;
 //! # Ok(())
@@ -74,3 +74,8 @@ pub(crate) fn micros(at: std::time::SystemTime) -> i64 {
     let since = at.duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
     i64::try_from(since.as_micros()).unwrap_or(i64::MAX)
 }
+
+/// The quick start of the README compiles.
+#[cfg(doctest)]
+#[doc = include_str!("../../README.md")]
+mod readme {}

@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet, hash_map::Entry};
 
 use kuma_crypto::KeyId;
-use kuma_shard::{EntityHash, ReadError, ShardReport};
+use kuma_shard::{CommitCheck, EntityHash, EntityRow, LogRow, ReadError, ShardReport};
 
 use crate::{Kuma, body::Body, replay::Opener, shard_core::ShardCore};
 
@@ -59,19 +59,21 @@ impl Kuma {
     ///
     /// # Errors
     /// `keys.db` cannot be read at all. Damage stands in the report.
-    pub async fn verify(&self, mut progress: impl FnMut(u64)) -> Result<Verification, ReadError> {
+    pub async fn verify(&self, mut progress: impl FnMut(u64) + Send) -> Result<Verification, ReadError> {
         let mut shards = Vec::new();
         let mut used_keys = HashSet::new();
         let mut checked = 0;
         for (shard, open) in self.open_shards() {
             let outcome = match open {
                 Err(why) => Err(why.to_owned()),
-                Ok(core) => verify_shard(core, &mut used_keys, &mut || {
-                    checked += 1;
-                    progress(checked);
-                })
-                .await
-                .map_err(|error| error.to_string()),
+                Ok(core) => {
+                    let progress = || {
+                        checked += 1;
+                        progress(checked);
+                    };
+                    let mut check = KeyCheck { core, used_keys: &mut used_keys, openers: HashMap::new(), progress };
+                    core.shard.verify(&mut check).await.map_err(|error| error.to_string())
+                }
             };
             shards.push(ShardVerification { shard, outcome });
         }
@@ -82,34 +84,33 @@ impl Kuma {
     }
 }
 
-async fn verify_shard(
-    core: &ShardCore,
-    used_keys: &mut HashSet<[u8; 16]>,
-    progress: &mut impl FnMut(),
-) -> Result<ShardReport, ReadError> {
-    let mut openers: HashMap<i64, Opener> = HashMap::new();
-    core.shard
-        .verify(async |row, commit| {
-            if openers.len() >= KEYS_MAX {
-                openers.clear();
-            }
-            let opener = match openers.entry(row.eid) {
-                Entry::Occupied(entry) => entry.into_mut(),
-                Entry::Vacant(entry) => {
-                    let key =
-                        core.vault.key(row.id_hash, KeyId(row.key_id)).await.map_err(|error| error.to_string())?;
-                    used_keys.insert(row.key_id);
-                    entry.insert(Opener { row: row.clone().into(), key })
-                }
-            };
-            opener.check_id()?;
-            let plaintext = opener.open(commit).map_err(|error| error.to_string())?;
-            let body = Body::parse(&plaintext).map_err(|error| error.to_string())?;
-            if body.events.len() != commit.count as usize {
-                return Err(format!("{} events where the row has {}", body.events.len(), commit.count));
-            }
-            progress();
-            Ok(())
-        })
-        .await
+/// Checks that each commit opens with its entity's key, and holds what its row says.
+struct KeyCheck<'a, F> {
+    core: &'a ShardCore,
+    used_keys: &'a mut HashSet<[u8; 16]>,
+    openers: HashMap<i64, Opener>,
+    /// Called after each sound commit.
+    progress: F,
+}
+
+impl<F: FnMut() + Send> CommitCheck for KeyCheck<'_, F> {
+    async fn check(&mut self, row: &EntityRow, commit: &LogRow) -> Result<(), String> {
+        if self.openers.len() >= KEYS_MAX {
+            self.openers.clear();
+        }
+        if !self.openers.contains_key(&row.eid) {
+            let key = self.core.vault.key(row.id_hash, KeyId(row.key_id)).await.map_err(|error| error.to_string())?;
+            self.used_keys.insert(row.key_id);
+            self.openers.insert(row.eid, Opener { row: row.clone().into(), key });
+        }
+        let Some(opener) = self.openers.get(&row.eid) else { return Ok(()) };
+        opener.check_id()?;
+        let plaintext = opener.open(commit).map_err(|error| error.to_string())?;
+        let body = Body::parse(&plaintext).map_err(|error| error.to_string())?;
+        if body.events.len() != commit.count as usize {
+            return Err(format!("{} events where the row has {}", body.events.len(), commit.count));
+        }
+        (self.progress)();
+        Ok(())
+    }
 }

@@ -36,12 +36,15 @@ pub(crate) trait Book: Send + Sync + 'static {
     /// Whether writing `group` needs a transaction.
     fn has_work(&self, group: &[Self::Entry]) -> bool;
 
-    /// Writes `group` inside the open transaction and stages what it changes. Entries that cannot be written are refused one by
-    /// one, and do not fail their neighbours.
-    fn write(
+    /// Writes `group` as one transaction that sets the commit counter to `commits`, and stages what it changes. Entries that
+    /// cannot be written are refused one by one, and do not fail their neighbours. Sets `committing` before anything is sent
+    /// that contains COMMIT.
+    fn transact(
         &mut self,
         connection: &mut SqliteConnection,
         group: &mut [Self::Entry],
+        commits: u64,
+        committing: &mut bool,
     ) -> impl Future<Output = sqlx::Result<()>> + Send;
 
     /// From now on each transaction that finds this set also persists the marks.

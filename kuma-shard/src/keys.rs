@@ -15,9 +15,11 @@ use crate::{
     CommitError, Digest, DiskId, EntityHash, FileOptions, NotWritten, OpenError, ReadError, StatsView, WriterStats,
     book::{Book, Progress, Size},
     open::FileSpec,
+    progress::Stored,
     row_hash::RowHash,
     schema::Role,
     sqlite::{self, Trouble},
+    statements,
     writer::{Writer, WriterArguments, WriterMessage},
 };
 
@@ -97,8 +99,15 @@ impl Book for KeyBook {
         !group.is_empty()
     }
 
-    async fn write(&mut self, connection: &mut SqliteConnection, group: &mut [KeyEntry]) -> sqlx::Result<()> {
+    async fn transact(
+        &mut self,
+        connection: &mut SqliteConnection,
+        group: &mut [KeyEntry],
+        commits: u64,
+        committing: &mut bool,
+    ) -> sqlx::Result<()> {
         let mut digest = self.digest;
+        statements::execute(connection, "BEGIN IMMEDIATE").await?;
         for entry in group {
             let query = match &entry.change {
                 Change::Add(row) => {
@@ -121,7 +130,9 @@ impl Book for KeyBook {
             query.execute(&mut *connection).await?;
         }
         self.staged = Some(digest);
-        Ok(())
+        let stored = Stored { commits, progress: self.progress() };
+        *committing = true;
+        statements::commit(connection, &stored).await
     }
 
     fn request_marks(&mut self) {}
@@ -190,10 +201,13 @@ impl KeyStore {
         supervisor: ActorCell,
     ) -> Result<Self, OpenError> {
         let spec = spec(directory, disk_id, options);
-        let opened = spec.open().await?;
-        if opened.witnessed.is_some_and(|digest| digest != opened.stored.progress.digest) {
+        let inspected = spec.inspect().await?;
+        let (stored, witnessed) = (inspected.stored, inspected.witnessed);
+        inspected.close().await;
+        if witnessed.is_some_and(|digest| digest != stored.progress.digest) {
             return Err(spec.damaged("the digest of its keys is not the one in its watermark"));
         }
+        let opened = spec.open().await?;
         let stats = Arc::new(WriterStats::default());
         let arguments = WriterArguments {
             checkpointer: spec.connect_checkpointer().await?,
@@ -202,8 +216,8 @@ impl KeyStore {
             disk_id,
             connection: opened.connection,
             watermark: opened.watermark,
-            commits: opened.stored.commits,
-            book: KeyBook { digest: opened.stored.progress.digest, staged: None },
+            commits: stored.commits,
+            book: KeyBook { digest: stored.progress.digest, staged: None },
             stats: stats.clone(),
         };
         let (writer, _) = Actor::spawn_linked(None, Writer::new(), arguments, supervisor).await.map_err(|error| {

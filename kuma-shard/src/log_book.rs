@@ -8,17 +8,19 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    sync::{Arc, LazyLock},
+    sync::Arc,
 };
 
-use sqlx::{Sqlite, SqliteConnection, query::Query, sqlite::SqliteArguments};
+use sqlx::SqliteConnection;
 
 use crate::{
     Activation, CommitError, Digest, EntityRow, NotWritten, Slot,
     book::{Book, Progress, Size},
+    progress::Stored,
     row_hash::{RowFields, RowHash},
     slots::{self, Ownership, SlotImage},
     sqlite::{self, Trouble},
+    statements::{self, Transaction},
 };
 
 /// The events of one append, sealed.
@@ -81,6 +83,7 @@ impl From<Submission> for LogEntry {
 }
 
 /// What a group changes, until it is known to be durable.
+#[derive(Clone)]
 struct Staged {
     slots: BTreeMap<usize, SlotImage>,
     next_position: u64,
@@ -172,8 +175,8 @@ impl LogBook {
         Some(place)
     }
 
-    /// The usual way: all rows in as few statements as possible.
-    async fn write_together(&mut self, connection: &mut SqliteConnection, group: &mut [LogEntry]) -> sqlx::Result<()> {
+    /// Checks the group and gives each commit its place; those that cannot be written are refused.
+    fn stage_all(&mut self, group: &mut [LogEntry]) -> Vec<Place> {
         self.stage();
         let mut poisoned = Vec::new();
         let mut places = Vec::with_capacity(group.len());
@@ -190,16 +193,35 @@ impl LogBook {
                 }
             }
         }
-        let commits: Vec<&Commit> = group
-            .iter()
-            .filter(|entry| entry.refusal.is_none())
-            .filter_map(|entry| entry.submission.commit.as_ref())
-            .collect();
+        places
+    }
+
+    /// The usual way: all rows in as few round trips as possible.
+    async fn write_together(
+        &mut self,
+        connection: &mut SqliteConnection,
+        group: &mut [LogEntry],
+        commits: u64,
+        committing: &mut bool,
+    ) -> sqlx::Result<()> {
+        let places = self.stage_all(group);
+        let written = group.iter().filter(|entry| entry.refusal.is_none());
+        let rows: Vec<(&Commit, Place)> =
+            written.filter_map(|entry| entry.submission.commit.as_ref()).zip(places).collect();
         let created: Vec<&EntityRow> =
-            commits.iter().filter(|commit| commit.create).map(|commit| &*commit.entity).collect();
-        ENTITY.insert(connection, &created, |query, entity| bind_entity(query, entity)).await?;
-        let rows: Vec<(&Commit, &Place)> = commits.into_iter().zip(&places).collect();
-        LOG.insert(connection, &rows, |query, (commit, place)| bind_commit(query, commit, place)).await
+            rows.iter().filter(|(commit, _)| commit.create).map(|(commit, _)| &*commit.entity).collect();
+        let mut transaction = Transaction::New;
+        let mut last = rows.as_slice();
+        if !created.is_empty() || self.marks_due || !statements::is_one_script(rows.len()) {
+            statements::execute(connection, "BEGIN IMMEDIATE").await?;
+            transaction = Transaction::Open;
+            statements::insert_entities(connection, &created).await?;
+            last = statements::insert_all_but_last(connection, last).await?;
+            self.write_marks(connection).await?;
+        }
+        let stored = Stored { commits, progress: self.progress() };
+        *committing = true;
+        statements::insert_and_commit(connection, transaction, &stored, last).await
     }
 
     /// The way to find out which commit of a group does not fit: each in a savepoint of its own.
@@ -207,8 +229,11 @@ impl LogBook {
         &mut self,
         connection: &mut SqliteConnection,
         group: &mut [LogEntry],
+        commits: u64,
+        committing: &mut bool,
     ) -> sqlx::Result<()> {
         self.stage();
+        statements::execute(connection, "BEGIN IMMEDIATE").await?;
         let mut poisoned = Vec::new();
         for entry in group.iter_mut().filter(|entry| entry.refusal.is_none()) {
             let Some(commit) = &entry.submission.commit else { continue };
@@ -216,42 +241,30 @@ impl LogBook {
                 entry.refusal = Some(NotWritten::Voided);
                 continue;
             }
-            let before = self.staged.as_ref().map(|staged| (staged.next_position, staged.digest));
-            let slot_before = self.image(commit.entity.slot);
+            let before = self.staged.clone();
             let Some(place) = self.place(commit) else { continue };
-            execute(connection, "SAVEPOINT one").await?;
-            let written = async {
-                if commit.create {
-                    ENTITY.insert(connection, &[&*commit.entity], |query, entity| bind_entity(query, entity)).await?;
-                }
-                LOG.insert(connection, &[(commit, &place)], |query, (commit, place)| bind_commit(query, commit, place))
-                    .await
-            }
-            .await;
-            match written {
-                Ok(()) => execute(connection, "RELEASE one").await?,
+            statements::execute(connection, "SAVEPOINT one").await?;
+            match write_one(connection, commit, place).await {
+                Ok(()) => statements::execute(connection, "RELEASE one").await?,
                 Err(error) if sqlite::trouble(&error) == Trouble::Constraint => {
-                    execute(connection, "ROLLBACK TO one").await?;
-                    execute(connection, "RELEASE one").await?;
-                    if let (Some(staged), Some((position, digest)), Some((index, image))) =
-                        (&mut self.staged, before, slot_before)
-                    {
-                        staged.next_position = position;
-                        staged.digest = digest;
-                        staged.slots.insert(index, image);
-                    }
+                    statements::execute(connection, "ROLLBACK TO one").await?;
+                    statements::execute(connection, "RELEASE one").await?;
+                    self.staged = before;
                     poisoned.push(address(&entry.submission.activation));
-                    entry.refusal =
-                        Some(NotWritten::Conflict { file: self.file.to_string(), detail: sqlite::detail(&error) });
+                    let detail = sqlite::detail(&error);
+                    entry.refusal = Some(NotWritten::Conflict { file: self.file.to_string(), detail });
                 }
                 Err(error) => return Err(error),
             }
         }
-        Ok(())
+        self.write_marks(connection).await?;
+        let stored = Stored { commits, progress: self.progress() };
+        *committing = true;
+        statements::commit(connection, &stored).await
     }
 
     async fn write_marks(&mut self, connection: &mut SqliteConnection) -> sqlx::Result<()> {
-        let Some(staged) = &mut self.staged else { return Ok(()) };
+        let Some(staged) = self.staged.as_mut().filter(|_| self.marks_due) else { return Ok(()) };
         let changed: BTreeSet<usize> = self.dirty.iter().chain(staged.slots.keys()).copied().collect();
         let images = changed.iter().filter_map(|index| staged.slots.get(index).or_else(|| self.slots.get(*index)));
         slots::store(connection, images).await?;
@@ -276,19 +289,22 @@ impl Book for LogBook {
         marks || group.iter().any(|entry| entry.submission.commit.is_some() && !entry.submission.activation.is_voided())
     }
 
-    async fn write(&mut self, connection: &mut SqliteConnection, group: &mut [LogEntry]) -> sqlx::Result<()> {
-        match self.write_together(connection, group).await {
+    async fn transact(
+        &mut self,
+        connection: &mut SqliteConnection,
+        group: &mut [LogEntry],
+        commits: u64,
+        committing: &mut bool,
+    ) -> sqlx::Result<()> {
+        match self.write_together(connection, group, commits, committing).await {
             Err(error) if sqlite::trouble(&error) == Trouble::Constraint => {
-                execute(connection, "ROLLBACK").await?;
-                execute(connection, "BEGIN IMMEDIATE").await?;
-                self.write_one_by_one(connection, group).await?;
+                // An insert was refused, so that COMMIT was never reached.
+                *committing = false;
+                statements::execute(connection, "ROLLBACK").await?;
+                self.write_one_by_one(connection, group, commits, committing).await
             }
-            other => other?,
+            other => other,
         }
-        if self.marks_due {
-            self.write_marks(connection).await?;
-        }
-        Ok(())
     }
 
     fn request_marks(&mut self) {
@@ -354,81 +370,17 @@ fn address(activation: &Arc<Activation>) -> usize {
 }
 
 /// Where a commit stands in its shard.
-struct Place {
-    position: u64,
-    seq: u64,
-    epoch: i64,
-    checksum: i64,
+#[derive(Clone, Copy)]
+pub(crate) struct Place {
+    pub(crate) position: u64,
+    pub(crate) seq: u64,
+    pub(crate) epoch: i64,
+    pub(crate) checksum: i64,
 }
 
-/// Multi-row inserts in a few fixed sizes, so that the statements stay prepared.
-struct BulkInsert {
-    statements: Vec<(usize, &'static str)>,
-}
-
-impl BulkInsert {
-    fn new(head: &str, columns: usize, sizes: &[usize]) -> Self {
-        let row = format!("({})", vec!["?"; columns].join(", "));
-        let statement = |rows: usize| &*format!("{head} VALUES {}", vec![row.as_str(); rows].join(", ")).leak();
-        BulkInsert { statements: sizes.iter().map(|rows| (*rows, statement(*rows))).collect() }
+async fn write_one(connection: &mut SqliteConnection, commit: &Commit, place: Place) -> sqlx::Result<()> {
+    if commit.create {
+        statements::insert_entities(connection, &[&commit.entity]).await?;
     }
-
-    async fn insert<T>(
-        &self,
-        connection: &mut SqliteConnection,
-        mut rows: &[T],
-        bind: impl Fn(Bound, &T) -> Bound,
-    ) -> sqlx::Result<()> {
-        while !rows.is_empty() {
-            let Some((size, statement)) = self.statements.iter().find(|(size, _)| *size <= rows.len()) else { break };
-            let (now, later) = rows.split_at(*size);
-            now.iter().fold(sqlx::query(*statement), &bind).execute(&mut *connection).await?;
-            rows = later;
-        }
-        Ok(())
-    }
-}
-
-type Bound = Query<'static, Sqlite, SqliteArguments>;
-
-static ENTITY: LazyLock<BulkInsert> = LazyLock::new(|| {
-    let head = "INSERT INTO entity(eid, copy, slot, kind, id_hash, sealed_id, key_id, created_at, erased_at, checksum)";
-    BulkInsert::new(head, 10, &[32, 8, 1])
-});
-static LOG: LazyLock<BulkInsert> = LazyLock::new(|| {
-    let head = "INSERT INTO log(position, slot, seq, eid, version, count, at, epoch, append_key, checksum, body)";
-    BulkInsert::new(head, 11, &[128, 32, 8, 1])
-});
-
-fn bind_entity(query: Bound, entity: &EntityRow) -> Bound {
-    query
-        .bind(entity.eid)
-        .bind(entity.copy.0.to_vec())
-        .bind(i64::from(entity.slot.number()))
-        .bind(entity.kind.clone())
-        .bind(entity.id_hash.0.to_vec())
-        .bind(entity.sealed_id.clone())
-        .bind(entity.key_id.to_vec())
-        .bind(entity.created_at_us)
-        .bind(entity.erased_at_us)
-        .bind(entity.checksum())
-}
-
-fn bind_commit(query: Bound, commit: &Commit, place: &Place) -> Bound {
-    query
-        .bind(place.position.cast_signed())
-        .bind(i64::from(commit.entity.slot.number()))
-        .bind(place.seq.cast_signed())
-        .bind(commit.entity.eid)
-        .bind(commit.first_version.cast_signed())
-        .bind(i64::from(commit.count))
-        .bind(commit.at_us)
-        .bind(place.epoch)
-        .bind(commit.append_key.clone())
-        .bind(place.checksum)
-        .bind(commit.body.clone())
-}
-
-async fn execute(connection: &mut SqliteConnection, statement: &'static str) -> sqlx::Result<()> {
-    sqlx::query(statement).execute(connection).await.map(|_| ())
+    statements::insert_one(connection, &(commit, place)).await
 }

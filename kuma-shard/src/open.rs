@@ -1,8 +1,8 @@
 //! Making and opening a database file.
 //!
 //! Invariants:
-//! - A file is looked at through a read-only connection first, and compared with its watermark: closing a connection that may write
-//!   would copy what is left of a damaged log into the database and delete the evidence.
+//! - A file is looked at through a read-only connection first, compared with its watermark and with its own sums: closing a
+//!   connection that may write would copy what is left of a damaged log into the database and delete the evidence.
 //! - Before anything is acknowledged, a TRUNCATE checkpoint has succeeded: after a failed sync and a restart the log may be in the
 //!   page cache only.
 
@@ -28,13 +28,26 @@ pub(crate) struct FileSpec {
     pub(crate) options: FileOptions,
 }
 
+/// A file that is this store's and not behind its watermark, before anything in it may be changed.
+pub(crate) struct Inspected {
+    /// Only reads.
+    pub(crate) connection: SqliteConnection,
+    /// What the watermark says of the very state that was found, if it names that state.
+    pub(crate) witnessed: Option<Digest>,
+    pub(crate) stored: Stored,
+}
+
+impl Inspected {
+    /// Done looking. It only read; there is nothing that a failed close could lose.
+    pub(crate) async fn close(self) {
+        let _ = self.connection.close().await;
+    }
+}
+
 /// An open file that is what it should be.
 pub(crate) struct Opened {
     pub(crate) connection: SqliteConnection,
     pub(crate) watermark: WatermarkFile,
-    /// What the watermark says of the very state that was found, if it names that state.
-    pub(crate) witnessed: Option<Digest>,
-    pub(crate) stored: Stored,
 }
 
 impl FileSpec {
@@ -86,8 +99,8 @@ impl FileSpec {
         WatermarkFile::open(&path).and_then(|mut file| file.write(&mark)).map_err(|source| io_error(path, source))
     }
 
-    /// Opens the file for writing, after it was found to hold all that was acknowledged (as far as its watermark tells).
-    pub(crate) async fn open(&self) -> Result<Opened, OpenError> {
+    /// Looks at the file without changing a byte of it: whether it holds all that was acknowledged, as far as its watermark tells.
+    pub(crate) async fn inspect(&self) -> Result<Inspected, OpenError> {
         let missing = !self.path.try_exists().map_err(|source| io_error(self.path.clone(), source))?;
         if missing {
             return Err(OpenError::Missing { path: self.path.clone() });
@@ -99,41 +112,44 @@ impl FileSpec {
                 Found::Missing => return Err(OpenError::NoWatermark { path: watermark_path, state: "missing" }),
                 Found::Damaged => return Err(OpenError::NoWatermark { path: watermark_path, state: "damaged" }),
             };
-        let stored = self.inspect(&mark).await?;
+        let mut connection =
+            sqlite::connect_inspector(&self.path, &self.options).await.map_err(|error| self.sqlite_error(error))?;
+        match self.compare(&mut connection, &mark).await {
+            Ok(stored) => {
+                let witnessed = (mark.commits == stored.commits).then_some(mark.digest);
+                Ok(Inspected { connection, witnessed, stored })
+            }
+            Err(error) => {
+                let _ = connection.close().await;
+                Err(error)
+            }
+        }
+    }
+
+    async fn compare(&self, connection: &mut SqliteConnection, mark: &Mark) -> Result<Stored, OpenError> {
+        schema::check(connection, self.role, self.disk_id).await.map_err(|misfit| self.misfit(misfit))?;
+        let stored = progress::read(connection).await.map_err(|error| self.sqlite_error(error))?;
+        let stored = stored.ok_or_else(|| self.damaged("its progress row does not match its checksum"))?;
+        if mark.disk_id != self.disk_id {
+            let detail = format!("its watermark is of disk id {}", mark.disk_id);
+            return Err(OpenError::Foreign { path: self.path.clone(), detail });
+        }
+        if stored.commits < mark.commits {
+            let (found, expected) = (stored.commits, mark.commits);
+            return Err(OpenError::BehindWatermark { path: self.path.clone(), found, expected });
+        }
+        Ok(stored)
+    }
+
+    /// Opens the file for writing, after it was inspected.
+    pub(crate) async fn open(&self) -> Result<Opened, OpenError> {
         let mut connection =
             sqlite::connect_writer(&self.path, &self.options, false).await.map_err(|error| self.sqlite_error(error))?;
         let truncated = sqlite::checkpoint(&mut connection, CheckpointMode::Truncate).await;
-        if truncated.map_err(|error| self.sqlite_error(error))?.busy {
-            let source = std::io::Error::other("another connection reads it, so that its log cannot be copied");
-            return Err(OpenError::Io { path: self.path.clone(), source });
-        }
+        truncated.map_err(|error| self.sqlite_error(error))?;
+        let watermark_path = WatermarkFile::path_for(&self.path);
         let watermark = WatermarkFile::open(&watermark_path).map_err(|source| io_error(watermark_path, source))?;
-        let witnessed = (mark.commits == stored.commits).then_some(mark.digest);
-        Ok(Opened { connection, watermark, witnessed, stored })
-    }
-
-    /// Looks at the file without changing a byte of it.
-    async fn inspect(&self, mark: &Mark) -> Result<Stored, OpenError> {
-        let mut connection =
-            sqlite::connect_inspector(&self.path, &self.options).await.map_err(|error| self.sqlite_error(error))?;
-        let result = async {
-            schema::check(&mut connection, self.role, self.disk_id).await.map_err(|misfit| self.misfit(misfit))?;
-            let stored = progress::read(&mut connection).await.map_err(|error| self.sqlite_error(error))?;
-            let stored = stored.ok_or_else(|| self.damaged("its progress row does not match its checksum"))?;
-            if mark.disk_id != self.disk_id {
-                let detail = format!("its watermark is of disk id {}", mark.disk_id);
-                return Err(OpenError::Foreign { path: self.path.clone(), detail });
-            }
-            if stored.commits < mark.commits {
-                let (found, expected) = (stored.commits, mark.commits);
-                return Err(OpenError::BehindWatermark { path: self.path.clone(), found, expected });
-            }
-            Ok(stored)
-        }
-        .await;
-        // It only read; there is nothing that a failed close could lose.
-        let _ = connection.close().await;
-        result
+        Ok(Opened { connection, watermark })
     }
 
     pub(crate) async fn connect_checkpointer(&self) -> Result<SqliteConnection, OpenError> {

@@ -2,7 +2,7 @@
 
 use sqlx::{Row, SqliteConnection};
 
-use crate::{Digest, book::Progress};
+use crate::{Digest, book::Progress, statements::Bound};
 
 /// What the row holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,33 +21,26 @@ fn checksum(stored: &Stored) -> i64 {
     i64::from(crc32c::crc32c(&bytes))
 }
 
-/// Rewrites the row and commits, as one round trip to the connection's thread.
-pub(crate) async fn write_and_commit(connection: &mut SqliteConnection, stored: &Stored) -> sqlx::Result<()> {
-    sqlx::query(
-        "UPDATE progress SET commits = ?, next_position = ?, mark_position = ?, digest = ?, checksum = ? WHERE one = 1; COMMIT",
-    )
-    .bind(stored.commits.cast_signed())
-    .bind(stored.progress.next_position.cast_signed())
-    .bind(stored.progress.mark_position.cast_signed())
-    .bind(stored.progress.digest.to_bytes().to_vec())
-    .bind(checksum(stored))
-    .execute(connection)
-    .await?;
-    Ok(())
+/// Rewrites the row; its parameters are bound by [`bind`].
+pub(crate) const UPDATE: &str =
+    "UPDATE progress SET commits = ?, next_position = ?, mark_position = ?, digest = ?, checksum = ? WHERE one = 1";
+
+/// Binds the parameters of [`UPDATE`].
+pub(crate) fn bind(query: Bound, stored: &Stored) -> Bound {
+    query
+        .bind(stored.commits.cast_signed())
+        .bind(stored.progress.next_position.cast_signed())
+        .bind(stored.progress.mark_position.cast_signed())
+        .bind(stored.progress.digest.to_bytes().to_vec())
+        .bind(checksum(stored))
 }
 
 /// Inserts the row of a new file.
 pub(crate) async fn insert(connection: &mut SqliteConnection, stored: &Stored) -> sqlx::Result<()> {
-    sqlx::query(
-        "INSERT INTO progress(one, commits, next_position, mark_position, digest, checksum) VALUES (1, ?, ?, ?, ?, ?)",
-    )
-    .bind(stored.commits.cast_signed())
-    .bind(stored.progress.next_position.cast_signed())
-    .bind(stored.progress.mark_position.cast_signed())
-    .bind(stored.progress.digest.to_bytes().to_vec())
-    .bind(checksum(stored))
-    .execute(connection)
-    .await?;
+    let insert = sqlx::query(
+        "INSERT INTO progress(commits, next_position, mark_position, digest, checksum, one) VALUES (?, ?, ?, ?, ?, 1)",
+    );
+    bind(insert, stored).execute(connection).await?;
     Ok(())
 }
 

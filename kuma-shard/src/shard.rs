@@ -119,11 +119,16 @@ impl Shard {
     pub async fn open(options: &ShardOptions, supervisor: ActorCell) -> Result<Self, OpenError> {
         let spec = options.spec();
         let file = sqlite::file_name(&spec.path);
-        let mut opened = spec.open().await?;
-        let (book, next_eid) = load(&spec, options, &mut opened.connection, &opened.stored.progress, &file).await?;
-        if opened.witnessed.is_some_and(|digest| digest != book.progress().digest) {
+        let mut inspected = spec.inspect().await?;
+        let (commits, progress) = (inspected.stored.commits, inspected.stored.progress);
+        let loaded = load(&spec, options, &mut inspected.connection, &progress, &file).await;
+        let witnessed = inspected.witnessed;
+        inspected.close().await;
+        let (book, next_eid) = loaded?;
+        if witnessed.is_some_and(|digest| digest != book.progress().digest) {
             return Err(spec.damaged("the digest of its rows is not the one in its watermark"));
         }
+        let opened = spec.open().await?;
         let stats = Arc::new(WriterStats::default());
         let arguments = WriterArguments {
             checkpointer: spec.connect_checkpointer().await?,
@@ -131,7 +136,7 @@ impl Shard {
             disk_id: options.disk_id,
             connection: opened.connection,
             watermark: opened.watermark,
-            commits: opened.stored.commits,
+            commits,
             book,
             stats: stats.clone(),
             path: spec.path.clone(),

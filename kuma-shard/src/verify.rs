@@ -36,16 +36,18 @@ impl ShardReport {
     }
 }
 
+/// Checks of a commit what its shard cannot: whoever holds the keys.
+pub trait CommitCheck: Send {
+    /// Says what is wrong with a commit, if anything. (A trait and not an async closure, whose future is not known to be `Send`.)
+    fn check(&mut self, entity: &EntityRow, commit: &LogRow) -> impl Future<Output = Result<(), String>> + Send;
+}
+
 impl Shard {
-    /// Reads everything. `each` is called with every commit in the order of entities and versions, and says what is wrong with
-    /// it, if anything: it may hold the key.
+    /// Reads everything. `commits` is asked about every commit in the order of the log.
     ///
     /// # Errors
     /// The file cannot be read at all. Damage stands in the report.
-    pub async fn verify(
-        &self,
-        mut each: impl AsyncFnMut(&EntityRow, &LogRow) -> Result<(), String>,
-    ) -> Result<ShardReport, ReadError> {
+    pub async fn verify(&self, commits: &mut impl CommitCheck) -> Result<ShardReport, ReadError> {
         let mut report = ShardReport::default();
         let expected = self.audit().await;
         report.damage.extend(integrity(self.readers()).await.map_err(|error| self.read_error(error))?);
@@ -92,7 +94,7 @@ impl Shard {
                         let dense = log_row.version == *next && log_row.slot == entity.slot;
                         *next = log_row.version + u64::from(log_row.count);
                         if dense {
-                            each(entity, &log_row).await
+                            commits.check(entity, &log_row).await
                         } else {
                             Err(format!("version {} is out of place", log_row.version))
                         }

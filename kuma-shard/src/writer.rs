@@ -314,7 +314,7 @@ impl<B: Book> WriterState<B> {
         let entries = group.len() as u64;
         tracing::trace!(target: "kuma::commit", file = %self.file, entries, "begin");
         let mut committing = false;
-        let result = transaction(connection, &mut self.book, &mut group, self.commits + 1, &mut committing).await;
+        let result = self.book.transact(connection, &mut group, self.commits + 1, &mut committing).await;
         let settlement = match result {
             Ok(()) => {
                 self.written();
@@ -496,21 +496,6 @@ impl<B: Book> WriterState<B> {
             }
         }
     }
-}
-
-/// One transaction. `committing` is set just before COMMIT is sent.
-async fn transaction<B: Book>(
-    connection: &mut SqliteConnection,
-    book: &mut B,
-    group: &mut [B::Entry],
-    commits: u64,
-    committing: &mut bool,
-) -> sqlx::Result<()> {
-    sqlx::query("BEGIN IMMEDIATE").execute(&mut *connection).await?;
-    book.write(connection, group).await?;
-    let stored = Stored { commits, progress: book.progress() };
-    *committing = true;
-    progress::write_and_commit(connection, &stored).await
 }
 
 /// Writes each newest mark, and waits a little between two, until the writer lets go of `marks`.

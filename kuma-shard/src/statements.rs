@@ -1,0 +1,160 @@
+//! The statements of a group commit, in a few fixed sizes, so that they stay prepared.
+//!
+//! Each round trip to a connection's thread costs some 20 us of processor time and four context switches; with one event a commit
+//! that was more than all the rest. So the usual group is **one** round trip: `BEGIN; UPDATE progress; INSERT; COMMIT`. A script's
+//! last insert has room for a power of two of rows; those that are not bound are NULL and are filtered out.
+
+use std::sync::LazyLock;
+
+use sqlx::{Sqlite, SqliteConnection, query::Query, sqlite::SqliteArguments};
+
+use crate::{
+    EntityRow,
+    log_book::{Commit, Place},
+    progress::{self, Stored},
+};
+
+/// A query with some of its parameters bound.
+pub(crate) type Bound = Query<'static, Sqlite, SqliteArguments>;
+
+/// Rows in the largest insert.
+const ROWS_MAX: usize = 128;
+const ENTITY_ROWS: [usize; 3] = [32, 8, 1];
+
+const LOG_COLUMNS: usize = 11;
+const LOG_HEAD: &str =
+    "INSERT INTO log(position, slot, seq, eid, version, count, at, epoch, append_key, checksum, body)";
+const ENTITY_COLUMNS: usize = 10;
+const ENTITY_HEAD: &str =
+    "INSERT INTO entity(eid, copy, slot, kind, id_hash, sealed_id, key_id, created_at, erased_at, checksum)";
+
+/// Whether a script opens the transaction that it commits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Transaction {
+    /// `BEGIN` is part of the script.
+    New,
+    /// It is open already.
+    Open,
+}
+
+/// For each power of two up to [`ROWS_MAX`], the script that ends a transaction with so many rows; without and with `BEGIN`.
+static LAST: LazyLock<[Vec<&'static str>; 2]> = LazyLock::new(|| {
+    let script = |begin: &str, rows: usize| {
+        let update = progress::UPDATE;
+        let values = values(LOG_COLUMNS, rows);
+        leak(format!("{begin}{update}; {LOG_HEAD} SELECT * FROM ({values}) WHERE column1 IS NOT NULL; COMMIT"))
+    };
+    ["", "BEGIN IMMEDIATE; "].map(|begin| (0..=ROWS_MAX.ilog2()).map(|power| script(begin, 1 << power)).collect())
+});
+static FULL: LazyLock<&str> = LazyLock::new(|| leak(format!("{LOG_HEAD} {}", values(LOG_COLUMNS, ROWS_MAX))));
+static ONE: LazyLock<&str> = LazyLock::new(|| leak(format!("{LOG_HEAD} {}", values(LOG_COLUMNS, 1))));
+static ENTITIES: LazyLock<[&str; 3]> =
+    LazyLock::new(|| ENTITY_ROWS.map(|rows| leak(format!("{ENTITY_HEAD} {}", values(ENTITY_COLUMNS, rows)))));
+static END: LazyLock<&str> = LazyLock::new(|| leak(format!("{}; COMMIT", progress::UPDATE)));
+
+fn values(columns: usize, rows: usize) -> String {
+    let row = format!("({})", vec!["?"; columns].join(", "));
+    format!("VALUES {}", vec![row; rows].join(", "))
+}
+
+/// sqlx takes a string that lives for ever for one that no user had a hand in. There are some twenty of them.
+fn leak(statement: String) -> &'static str {
+    statement.leak()
+}
+
+/// Runs a statement that has no parameters.
+pub(crate) async fn execute(connection: &mut SqliteConnection, statement: &'static str) -> sqlx::Result<()> {
+    sqlx::query(statement).execute(connection).await.map(|_| ())
+}
+
+/// Inserts all but the last rows (at most [`ROWS_MAX`] of them), which are returned.
+pub(crate) async fn insert_all_but_last<'a, 'b>(
+    connection: &mut SqliteConnection,
+    mut rows: &'a [(&'b Commit, Place)],
+) -> sqlx::Result<&'a [(&'b Commit, Place)]> {
+    while rows.len() > ROWS_MAX {
+        let (now, later) = rows.split_at(ROWS_MAX);
+        now.iter().fold(sqlx::query(*FULL), bind_commit).execute(&mut *connection).await?;
+        rows = later;
+    }
+    Ok(rows)
+}
+
+/// Whether [`insert_all_but_last`] would insert anything.
+pub(crate) fn is_one_script(rows: usize) -> bool {
+    rows <= ROWS_MAX
+}
+
+/// Inserts the last rows and commits, with the progress as of then.
+pub(crate) async fn insert_and_commit(
+    connection: &mut SqliteConnection,
+    transaction: Transaction,
+    stored: &Stored,
+    rows: &[(&Commit, Place)],
+) -> sqlx::Result<()> {
+    let power = rows.len().next_power_of_two().ilog2() as usize;
+    let scripts = &LAST[usize::from(transaction == Transaction::New)];
+    let Some(script) = scripts.get(power) else {
+        return Err(sqlx::Error::Protocol("too many rows for a script".to_owned()));
+    };
+    let query = progress::bind(sqlx::query(*script), stored);
+    rows.iter().fold(query, bind_commit).execute(connection).await.map(|_| ())
+}
+
+/// Commits, with the progress as of then.
+pub(crate) async fn commit(connection: &mut SqliteConnection, stored: &Stored) -> sqlx::Result<()> {
+    progress::bind(sqlx::query(*END), stored).execute(connection).await.map(|_| ())
+}
+
+/// Inserts one commit.
+pub(crate) async fn insert_one(connection: &mut SqliteConnection, row: &(&Commit, Place)) -> sqlx::Result<()> {
+    bind_commit(sqlx::query(*ONE), row).execute(connection).await.map(|_| ())
+}
+
+/// Inserts new entities.
+pub(crate) async fn insert_entities(
+    connection: &mut SqliteConnection,
+    mut entities: &[&EntityRow],
+) -> sqlx::Result<()> {
+    for (size, statement) in ENTITY_ROWS.into_iter().zip(*ENTITIES) {
+        while entities.len() >= size {
+            let (now, later) = entities.split_at(size);
+            now.iter()
+                .fold(sqlx::query(statement), |query, entity| bind_entity(query, entity))
+                .execute(&mut *connection)
+                .await?;
+            entities = later;
+        }
+    }
+    Ok(())
+}
+
+fn bind_entity(query: Bound, entity: &EntityRow) -> Bound {
+    query
+        .bind(entity.eid)
+        .bind(entity.copy.0.to_vec())
+        .bind(i64::from(entity.slot.number()))
+        .bind(entity.kind.clone())
+        .bind(entity.id_hash.0.to_vec())
+        .bind(entity.sealed_id.clone())
+        .bind(entity.key_id.to_vec())
+        .bind(entity.created_at_us)
+        .bind(entity.erased_at_us)
+        .bind(entity.checksum())
+}
+
+fn bind_commit(query: Bound, (commit, place): &(&Commit, Place)) -> Bound {
+    query
+        .bind(place.position.cast_signed())
+        .bind(i64::from(commit.entity.slot.number()))
+        .bind(place.seq.cast_signed())
+        .bind(commit.entity.eid)
+        .bind(commit.first_version.cast_signed())
+        .bind(i64::from(commit.count))
+        .bind(commit.at_us)
+        .bind(place.epoch)
+        .bind(commit.append_key.clone())
+        .bind(place.checksum)
+        // A copy: should one commit of the group not fit, the others are written again.
+        .bind(commit.body.clone())
+}
