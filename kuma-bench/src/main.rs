@@ -1,1 +1,143 @@
-fn main(){}
+//! Benchmarks of Kuma, each beside a reference that is measured in the same run.
+//!
+//! `kuma-bench <command> --help` says what a command measures; the figures and the JSON frame are described in `frame`.
+
+mod activate;
+mod frame;
+mod load;
+mod memory;
+mod progress;
+mod raw;
+mod read;
+mod store;
+mod tasks;
+mod usage;
+mod write;
+
+use std::{path::PathBuf, process::ExitCode};
+
+use anyhow::{Context, Result, anyhow, ensure};
+use clap::{Parser, Subcommand};
+use serde::Serialize;
+use tracing_subscriber::EnvFilter;
+
+/// glibc keeps freed memory, which would be counted as the store's.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+/// Benchmarks of Kuma, each beside a reference measured in the same run.
+///
+/// Prints a table of medians with their spread to stdout, progress and warnings to stderr. RUST_LOG sets what is logged.
+#[derive(Debug, Parser)]
+#[command(version, about)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Appends by many writers at once, against a bare SQLite loop
+    ///
+    /// The reference writes as many rows of the same size into the same table with the same indexes, pragmas and number of files,
+    /// with prepared statements, one thread for each file, and as many rows a commit as Kuma's run had on average.
+    ///
+    /// Times of acknowledgement run from before an append is sent until it is durable. CPU is user and system time of the whole
+    /// process, the writers' included. Bytes of I/O are counted until the store is shut down, its last checkpoints included.
+    /// rss_mib is the peak (VmHWM) while the run lasted.
+    Write(write::WriteArgs),
+    /// Reads of live entities, against a map behind a mutex
+    ///
+    /// Each reader is a task with handles of its own and reads entities in no order. The readers of the first measurement read as
+    /// fast as it goes and let others run after 64 reads; one read in 8 is timed. The 200 readers of the second one are a closed
+    /// loop: each request is queued by the runtime like any other task, and its time runs from then, so that it contains the
+    /// waiting for 200 others on a few threads.
+    ///
+    /// The reference clones an `Arc` out of a hash map behind a mutex, by as many readers. read_ratio is Kuma's rate by its rate.
+    Read(read::ReadArgs),
+    /// First use of entities that are not in memory, against a bare read of their rows
+    ///
+    /// The store is filled, shut down and opened again, its files are read once into the page cache, and each entity is read once,
+    /// one after the other in no order. The reference reads the same rows with a prepared statement and drops them.
+    /// activate_ratio is Kuma's median by its median.
+    Activate(activate::ActivateArgs),
+    /// Memory of live entities, against bare tasks with a channel
+    ///
+    /// The growth of the resident memory by the number of entities, each in a process of its own: after one append of 64 B to
+    /// each; after the store was opened again and each was read; and for as many tasks that wait on a channel. Handles are not
+    /// kept. What grows with use beside them, SQLite's page caches above all (at most 16 MB a shard), is counted too.
+    Memory(memory::MemoryArgs),
+    /// One measurement of `memory`.
+    #[command(hide = true)]
+    MemoryPhase(memory::PhaseArgs),
+}
+
+/// What every command can be told.
+#[derive(Clone, Debug, clap::Args, Serialize)]
+struct Common {
+    /// Shard files [default: the store's default, 2 for each core, 4 to 16]
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=256))]
+    shards: Option<u16>,
+    /// How often everything is measured; the table shows medians
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    runs: u32,
+    /// Where each run makes a directory and removes it afterwards [default: target/kuma-bench]
+    #[arg(long, value_name = "DIR")]
+    data: Option<PathBuf>,
+    /// Where the figures are written as JSON
+    #[arg(long, value_name = "FILE")]
+    #[serde(skip)]
+    json: Option<PathBuf>,
+}
+
+impl Common {
+    /// The directory for the runs' directories. Fails before anything is measured if the result could not be written.
+    fn prepare(&self) -> Result<PathBuf> {
+        if let Some(json) = &self.json {
+            let parent = json.parent().filter(|parent| !parent.as_os_str().is_empty());
+            ensure!(parent.is_none_or(|parent| parent.is_dir()), "there is no directory for {}", json.display());
+        }
+        let base = store::base(self.data.as_deref())?;
+        let filesystem = usage::Machine::this(&base).filesystem;
+        if usage::is_memory(&filesystem) {
+            eprintln!("warning: {} is on {filesystem}: these figures say nothing about a disk", base.display());
+        }
+        Ok(base)
+    }
+}
+
+fn main() -> ExitCode {
+    // Each run makes a store with a new master key; that its file should be backed up is no news here.
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn,kuma_core::options=error"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    match run(Cli::parse().command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("kuma-bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Command) -> Result<()> {
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().enable_all().build().context("the runtime cannot start")?;
+    let work = async {
+        match command {
+            Command::Write(args) => write::run(args).await,
+            Command::Read(args) => read::run(args).await,
+            Command::Activate(args) => activate::run(args).await,
+            Command::Memory(args) => memory::run(args).await,
+            Command::MemoryPhase(args) => memory::phase(args).await,
+        }
+    };
+    let outcome = runtime.block_on(async {
+        tokio::select! {
+            outcome = work => outcome,
+            // The run's directory is removed as its future is dropped.
+            _ = tokio::signal::ctrl_c() => Err(anyhow!("interrupted")),
+        }
+    });
+    runtime.shutdown_background();
+    outcome
+}

@@ -31,6 +31,10 @@ use kuma_core::{AppendError, Kuma, Metadata, NewEvent, Options, Pending, RawHand
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
+/// glibc keeps what was freed, and is slow at passing memory between threads, which is what an append does.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Appends on their way at once. Enough that a group is full while the one before it is being synced.
 const IN_FLIGHT_MAX: usize = 4096;
 /// Entities that are looked up at once.
@@ -267,7 +271,7 @@ fn print_stored(entities: &HashMap<Name, Loading>) {
     for (kind, versions) in kinds {
         let (least, most) = (versions.iter().min().unwrap_or(&0), versions.iter().max().unwrap_or(&0));
         say(format_args!(
-            "already there, of kind {kind}: {} entities at versions {least} to {most}",
+            "already there: {} of kind {kind}, at versions {least} to {most}",
             thousands(versions.len() as u64)
         ));
     }
@@ -328,7 +332,7 @@ async fn load_and_show(
     let start = Instant::now();
     let appended = load(path, &mut loading, &progress).await;
     progress.finish_and_clear();
-    let appended = appended.context("stopped; what was appended before stays, run it again to go on")?;
+    let appended = appended.context("stopped, what was appended before stays")?;
     let seconds = start.elapsed().max(Duration::from_millis(1)).as_secs_f64();
     if appended == 0 {
         say("nothing to append: the store has all of the file");

@@ -68,9 +68,12 @@ impl EventEncoder {
         self.scratch.extend_from_slice(&event.data);
         // One whole value, nothing before or behind it.
         let mut rest = event.data.as_slice();
-        let whole = serde::de::IgnoredAny::deserialize(&mut rmp_serde::Deserializer::new(&mut rest)).is_ok();
-        if !whole || !rest.is_empty() {
-            return Err(undecodable("its data is not one MessagePack value"));
+        let mut deserializer = rmp_serde::Deserializer::new(&mut rest);
+        deserializer.set_max_depth(DEPTH_MAX);
+        match serde::de::IgnoredAny::deserialize(&mut deserializer) {
+            Ok(_) if rest.is_empty() => {}
+            Err(rmp_serde::decode::Error::DepthLimitExceeded) => return Err(undecodable("its data is nested more than 128 deep")),
+            _ => return Err(undecodable("its data is not one MessagePack value")),
         }
         self.push(event.schema)
     }
@@ -105,6 +108,8 @@ impl EventEncoder {
 }
 
 const EVENT_NAME_BYTES_MAX: usize = 128;
+/// As JSON has it in serde: values are read and dropped by recursion, and a stack ends.
+const DEPTH_MAX: usize = 128;
 const MAP_OF_ONE: u8 = 0x81;
 const NIL: u8 = 0xc0;
 

@@ -4,7 +4,7 @@
 //! snapshots and id. Destroy the data key and they are gone from every file and every backup at once: that is how Kuma
 //! erases. What is sealed is bound to its place (kind, id hash, version, ...), so that a row cannot be moved.
 //!
-//! Byte layouts and the reason for each field: `docs/formats-crypto.md`.
+//! Byte layouts and the reason for each field: `docs/formats.md`, "Keys and sealed bytes".
 //!
 //! # Example
 //! ```

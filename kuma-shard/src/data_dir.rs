@@ -76,6 +76,12 @@ pub enum DataDirError {
         /// What is wrong with it.
         state: String,
     },
+    /// Something else has its name.
+    #[error("{path} is not a directory; choose another path, or move what is there away")]
+    NotADirectory {
+        /// The path.
+        path: PathBuf,
+    },
     /// There are no random bytes for an identity.
     #[error("the operating system gives no random bytes for the identity of a new store")]
     NoRandomness,
@@ -122,6 +128,8 @@ impl DataDir {
         let is_new = !path.try_exists().map_err(fail)?;
         if is_new {
             create_directory(path).map_err(fail)?;
+        } else if !path.is_dir() {
+            return Err(DataDirError::NotADirectory { path: path.to_owned() });
         }
         let lock = lock(path)?;
         let store_path = path.join(STORE_FILE);
@@ -130,17 +138,23 @@ impl DataDir {
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
             Err(error) => return Err(directory_error(&store_path, error).into()),
         };
-        if let Some((store, disk_id)) = &found {
-            if store.context != context {
-                let (found, expected) = (store.context.clone(), context.to_owned());
-                return Err(DataDirError::OtherContext { path: path.to_owned(), found, expected });
-            }
-            if let Some(expected) = shards.filter(|shards| *shards != store.shards) {
-                return Err(DataDirError::OtherShards { path: path.to_owned(), found: store.shards, expected });
-            }
-            if store.state == StoreState::Ready {
+        match &found {
+            // Nobody was promised anything yet: it belongs to whoever finishes it.
+            Some((store, _)) if store.state == StoreState::Creating => {}
+            Some((store, disk_id)) => {
+                if store.context != context {
+                    let (found, expected) = (store.context.clone(), context.to_owned());
+                    return Err(DataDirError::OtherContext { path: path.to_owned(), found, expected });
+                }
+                if let Some(expected) = shards.filter(|shards| *shards != store.shards) {
+                    return Err(DataDirError::OtherShards { path: path.to_owned(), found: store.shards, expected });
+                }
                 return Ok(DataDir { path: path.to_owned(), store: store.clone(), disk_id: *disk_id, _lock: lock });
             }
+            None if has_data(path) => {
+                return Err(DataDirError::NoIdentity { path: store_path, state: "missing although there is data".to_owned() });
+            }
+            None => {}
         } else if has_data(path) {
             return Err(DataDirError::NoIdentity {
                 path: store_path,

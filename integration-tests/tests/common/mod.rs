@@ -1,0 +1,141 @@
+//! Helpers of the tests in this directory.
+#![allow(dead_code, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use kuma_core::{Entity, Kuma, Options, RecordedEvent};
+use serde::{Deserialize, Serialize};
+use tempfile::TempDir;
+
+/// An entity that remembers the order of its events.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Ledger {
+    pub(crate) entries: Vec<u64>,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) enum LedgerEvent {
+    Entered { number: u64, note: String },
+}
+
+impl Entity for Ledger {
+    const KIND: &'static str = "ledger";
+    type Event = LedgerEvent;
+
+    fn apply(&mut self, event: &LedgerEvent) {
+        let LedgerEvent::Entered { number, .. } = event;
+        self.entries.push(*number);
+    }
+}
+
+pub(crate) fn entered(number: u64) -> LedgerEvent {
+    LedgerEvent::Entered { number, note: String::new() }
+}
+
+/// A directory in memory where there is one: these tests are about content, not about the disk.
+pub(crate) fn directory() -> TempDir {
+    let shm = Path::new("/dev/shm");
+    if shm.is_dir() { tempfile::tempdir_in(shm).unwrap() } else { tempfile::tempdir().unwrap() }
+}
+
+pub(crate) async fn start(path: &Path, shards: u16) -> Kuma {
+    Kuma::start(Options::new(path).shards(shards)).await.unwrap()
+}
+
+/// Waits until `done` says so, and says what for if it never does.
+pub(crate) async fn until(what: &str, mut done: impl AsyncFnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !done().await {
+        assert!(Instant::now() < deadline, "waited in vain: {what}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+pub(crate) async fn assert_clean(kuma: &Kuma) {
+    let verification = kuma.verify(|_| {}).await.unwrap();
+    assert!(verification.is_clean(), "{verification:#?}");
+}
+
+/// An error with all its causes, without what differs from run to run.
+pub(crate) fn sentence(error: &dyn std::error::Error, directory: &Path) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        // A transparent error repeats its cause's words.
+        if !text.contains(&cause.to_string()) {
+            text = format!("{text}: {cause}");
+        }
+        source = cause.source();
+    }
+    let text = text.replace(&*directory.to_string_lossy(), "[dir]");
+    let text = text.replace(&format!("process {}", std::process::id()), "process [pid]");
+    redact_hex(&text)
+}
+
+/// Replaces runs of 12 and more hex digits.
+fn redact_hex(text: &str) -> String {
+    let mut redacted = String::new();
+    let mut run = String::new();
+    for character in text.chars().chain([' ']) {
+        if character.is_ascii_digit() || ('a'..='f').contains(&character) {
+            run.push(character);
+            continue;
+        }
+        redacted.push_str(if run.len() >= 12 { "[hex]" } else { &run });
+        run.clear();
+        redacted.push(character);
+    }
+    redacted.pop();
+    redacted
+}
+
+/// Everything that the public interface tells of these entities.
+pub(crate) async fn history(kuma: &Kuma, kind: &str, id: &str) -> Vec<RecordedEvent> {
+    kuma.raw(kind, id).events(.., usize::MAX).await.unwrap()
+}
+
+/// The files of a directory, by name.
+pub(crate) type Files = BTreeMap<String, Vec<u8>>;
+
+/// Reads all files of a directory that no one in this process has open: SQLite loses its locks where a file of its is closed.
+pub(crate) fn read_files(path: &Path) -> Files {
+    let entries = std::fs::read_dir(path).unwrap().map(|entry| entry.unwrap().path()).filter(|path| path.is_file());
+    entries.map(|path| (name(&path), std::fs::read(&path).unwrap())).collect()
+}
+
+fn name(path: &Path) -> String {
+    path.file_name().unwrap().to_string_lossy().into_owned()
+}
+
+/// Makes the directory hold these files, and no others.
+pub(crate) fn write_files(path: &Path, files: &Files) {
+    std::fs::create_dir_all(path).unwrap();
+    for name in read_files(path).keys().filter(|name| !files.contains_key(*name)) {
+        std::fs::remove_file(path.join(name)).unwrap();
+    }
+    for (name, bytes) in files {
+        std::fs::write(path.join(name), bytes).unwrap();
+    }
+}
+
+/// The files of a store as a power cut would leave them now. Read by another process, for the sake of SQLite's locks.
+pub(crate) fn image(path: &Path) -> Files {
+    let copy = directory();
+    let mut sources: Vec<PathBuf> = std::fs::read_dir(path).unwrap().map(|entry| entry.unwrap().path()).collect();
+    // Shared memory does not survive.
+    sources.retain(|source| !name(source).ends_with("-shm") && name(source) != "kuma.lock");
+    let copied = std::process::Command::new("cp").args(&sources).arg(copy.path()).status().unwrap();
+    assert!(copied.success());
+    read_files(copy.path())
+}
+
+/// The commit counter of the newest record of a watermark file.
+pub(crate) fn watermark(path: &Path) -> u64 {
+    let bytes = std::fs::read(path).unwrap();
+    let counter = |record: &[u8]| u64::from_le_bytes(record[4..12].try_into().unwrap());
+    bytes.chunks(64).filter(|record| record.starts_with(b"KWM1")).map(counter).max().unwrap()
+}
