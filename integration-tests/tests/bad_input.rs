@@ -172,10 +172,25 @@ async fn an_id_or_kind_that_cannot_be_is_refused_at_first_use_and_never_stored()
 #[derive(Clone, Default, Serialize, Deserialize)]
 struct Impostor;
 
+#[derive(Serialize, Deserialize)]
+enum ImpostorEvent {
+    Forged,
+}
+
 impl Entity for Impostor {
     const KIND: &'static str = "ledger";
-    type Event = ();
-    fn apply(&mut self, (): &()) {}
+    type Event = ImpostorEvent;
+    fn apply(&mut self, _: &ImpostorEvent) {}
+}
+
+/// A kind whose events have no names.
+#[derive(Clone, Default, Serialize, Deserialize)]
+struct Nameless;
+
+impl Entity for Nameless {
+    const KIND: &'static str = "nameless";
+    type Event = u64;
+    fn apply(&mut self, _: &u64) {}
 }
 
 #[tokio::test]
@@ -199,7 +214,8 @@ async fn what_could_not_be_read_back_is_not_written() {
     // Nested deeper than any stack.
     let deep = NewEvent::message_pack("Deep", [vec![0x91; 1_000_000], vec![1]].concat());
     assert_snapshot!(refusal(note.append(deep).await, path), @"an event of Deep cannot be stored: its data is nested more than 128 deep");
-    assert_snapshot!(refusal(kuma.entity::<Impostor>("l-1").append(()).await, path), @"the kind ledger is in use with another type in this process; use one type for it");
+    assert_snapshot!(refusal(kuma.entity::<Nameless>("x").append(7).await, path), @"an event of nameless cannot be stored: events must be an externally tagged enum");
+    assert_snapshot!(refusal(kuma.entity::<Impostor>("l-1").append(ImpostorEvent::Forged).await, path), @"the kind ledger is in use with another type in this process; use one type for it");
     unharmed(&kuma, &fixture.events).await;
     kuma.shutdown().await;
     drop((kuma, ledger, note));

@@ -158,8 +158,8 @@ fn an_acknowledged_append_survives_power_loss() {
         let oracle = Arc::new(Mutex::new(Oracle::default()));
         for life in 0..3 {
             // Creation and opening; a few commits; many; or, with large events, checkpoints.
-            let (operations, event_bytes) = match (store % 7, life) {
-                (0, _) => (random.random_range(1..120), 100),
+            let (operations, event_bytes) = match (store % 12, life) {
+                (0 | 4 | 8, _) => (random.random_range(1..120), 100),
                 (6, 1) => (random.random_range(9_000..24_000), 60_000),
                 _ => (random.random_range(50..900), 300),
             };
@@ -172,17 +172,12 @@ fn an_acknowledged_append_survives_power_loss() {
                 event_bytes,
                 answered: random.random_range(0..8) == 0,
             };
-            let t0=Instant::now();
             tally.count(&live(&data, &plan, &oracle));
-            eprintln!("{store} {life} live {:?} ops {operations}", t0.elapsed());
             // Now and then the power goes a second time before anyone has looked.
             if life < 2 && random.random_range(0..4) == 0 {
                 continue;
             }
-            let t0=Instant::now();
-            let v = judge(&data, plan.durability, &oracle.lock());
-            eprintln!("judge {:?}", t0.elapsed());
-            match v {
+            match judge(&data, plan.durability, &oracle.lock()) {
                 Verdict::Clean { events } => events_max = events_max.max(events),
                 Verdict::Lost(what) | Verdict::LostAndNoticed(what) => panic!("store {store}, {plan:?}: {what}"),
             }

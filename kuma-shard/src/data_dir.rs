@@ -155,11 +155,6 @@ impl DataDir {
                 return Err(DataDirError::NoIdentity { path: store_path, state: "missing although there is data".to_owned() });
             }
             None => {}
-        } else if has_data(path) {
-            return Err(DataDirError::NoIdentity {
-                path: store_path,
-                state: "missing although there is data".to_owned(),
-            });
         }
         remove_unfinished(path).map_err(fail)?;
         let disk_id = DiskId::generate().map_err(|_| DataDirError::NoRandomness)?;
