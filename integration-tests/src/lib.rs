@@ -224,7 +224,8 @@ impl Findings {
                 })
             });
             if !whole {
-                self.wrong.push(format!("{entity}: {append:?} at version {version} is not whole, in place and unaltered"));
+                self.wrong
+                    .push(format!("{entity}: {append:?} at version {version} is not whole, in place and unaltered"));
             }
             if found.insert(append.id, (append, Version(end as u64))).is_some() {
                 self.wrong.push(format!("{entity}: {append:?} is there twice"));

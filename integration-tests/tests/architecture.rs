@@ -63,7 +63,10 @@ fn sql_and_ciphers_stay_in_their_crates() {
         let asked = asked_for(package);
         for (reserved, owners) in RESERVED {
             let name = package.name.as_str();
-            assert!(owners.contains(&name) || !asked.contains(reserved), "{name} uses {reserved}, which belongs to {owners:?}");
+            assert!(
+                owners.contains(&name) || !asked.contains(reserved),
+                "{name} uses {reserved}, which belongs to {owners:?}"
+            );
         }
         for (_, without) in WITHOUT.iter().filter(|(name, _)| *name == package.name.as_str()) {
             assert!(without.iter().all(|other| !asked.contains(other)), "{} must do without {without:?}", package.name);
@@ -87,9 +90,8 @@ fn sources(directory: &Path, found: &mut Vec<PathBuf>) {
 fn has_word(line: &str, word: &str) -> bool {
     let code = line.split("//").next().unwrap_or_default();
     let is_name = |character: char| character.is_alphanumeric() || character == '_';
-    code.match_indices(word).any(|(start, _)| {
-        !code[..start].ends_with(is_name) && !code[start + word.len()..].starts_with(is_name)
-    })
+    code.match_indices(word)
+        .any(|(start, _)| !code[..start].ends_with(is_name) && !code[start + word.len()..].starts_with(is_name))
 }
 
 #[test]

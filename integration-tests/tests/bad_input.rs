@@ -13,8 +13,8 @@ use std::{
 use common::{Files, Ledger, assert_clean, directory, entered, read_files, sentence, write_files};
 use insta::assert_snapshot;
 use kuma_core::{
-    AppendError, DataDirError, Entity, Kuma, MasterKeyError, MasterKeySource, NewEvent, OpenError, Options, RecordedEvent,
-    Refused, StartError, Version,
+    AppendError, DataDirError, Entity, Kuma, MasterKeyError, MasterKeySource, NewEvent, OpenError, Options,
+    RecordedEvent, Refused, StartError, Version,
 };
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -88,7 +88,9 @@ async fn unharmed(kuma: &Kuma, events: &[RecordedEvent]) {
 /// All but the lock, which names its holder, and what SQLite keeps in memory.
 fn files(path: &Path) -> Files {
     let mut files = read_files(path);
-    files.retain(|name, bytes| name != "kuma.lock" && !name.ends_with("-shm") && !(name.ends_with("-wal") && bytes.is_empty()));
+    files.retain(|name, bytes| {
+        name != "kuma.lock" && !name.ends_with("-shm") && !(name.ends_with("-wal") && bytes.is_empty())
+    });
     files
 }
 
@@ -159,7 +161,9 @@ async fn an_id_or_kind_that_cannot_be_is_refused_at_first_use_and_never_stored()
         let handle = kuma.raw(kind, "x");
         let refused = handle.append(text(1)).await;
         assert!(matches!(refused, Err(AppendError::Refused(Refused::InvalidKind { .. }))), "{kind:?}: {refused:?}");
-        assert!(handle.read().await.is_err() && handle.events(.., 1).await.is_err() && handle.passivate().await.is_err());
+        assert!(
+            handle.read().await.is_err() && handle.events(.., 1).await.is_err() && handle.passivate().await.is_err()
+        );
     }
     assert_snapshot!(refusal(kuma.raw("a b", "x").append(text(1)).await, path), @"the kind (3 bytes) is refused; a kind is 1 to 64 ASCII letters, digits, '_', '-' or '.', starting with a letter");
     unharmed(&kuma, &fixture.events).await;
@@ -251,7 +255,8 @@ async fn a_master_key_that_is_missing_wrong_or_open_to_others_is_refused() {
     let (_, words) = fixture.refused(options(path)).await;
     assert_snapshot!(words, @"no master key: line 1 of [dir]/master.key is not a master key; a key is 64 hex digits, a comment starts with #");
 
-    let (_, words) = fixture.refused(options(path).master_key(MasterKeySource::Env("KUMA_NO_SUCH_VARIABLE".into()))).await;
+    let (_, words) =
+        fixture.refused(options(path).master_key(MasterKeySource::Env("KUMA_NO_SUCH_VARIABLE".into()))).await;
     assert_snapshot!(words, @"no master key: environment variable KUMA_NO_SUCH_VARIABLE is not set; put the master key in it");
 
     fixture.restore();
@@ -318,7 +323,12 @@ async fn a_directory_of_a_newer_version_is_refused_and_left_alone() {
         fs::write(path.join(name), bytes).unwrap();
         let (error, words) = fixture.refused(options(path)).await;
         assert!(matches!(error, StartError::Open(OpenError::Newer { found: 2, supported: 1, .. })), "{error:?}");
-        assert_eq!(words, format!("[dir]/{name} has format 2, this version of Kuma reads up to 1; use the newer version, nothing was changed"));
+        assert_eq!(
+            words,
+            format!(
+                "[dir]/{name} has format 2, this version of Kuma reads up to 1; use the newer version, nothing was changed"
+            )
+        );
         fixture.restore();
     }
     fixture.unharmed().await;
@@ -375,7 +385,9 @@ struct ReadOnly(PathBuf);
 
 impl ReadOnly {
     fn make(path: &Path) -> Option<ReadOnly> {
-        let mount = |arguments: &[&str]| Command::new("mount").args(arguments).arg(path).output().is_ok_and(|done| done.status.success());
+        let mount = |arguments: &[&str]| {
+            Command::new("mount").args(arguments).arg(path).output().is_ok_and(|done| done.status.success())
+        };
         let text = path.to_string_lossy();
         if mount(&["--bind", &text]) {
             let made = ReadOnly(path.to_owned());
@@ -426,7 +438,10 @@ async fn a_file_where_the_directory_should_be_is_left_alone() {
 async fn a_first_start_that_failed_leaves_the_directory_to_the_next_one() {
     let dir = directory();
     let no_key = options(dir.path()).master_key(MasterKeySource::Env("KUMA_NO_SUCH_VARIABLE".into()));
-    assert!(matches!(Kuma::start(no_key).await.map(|_| ()), Err(StartError::MasterKey(MasterKeyError::EnvMissing { .. }))));
+    assert!(matches!(
+        Kuma::start(no_key).await.map(|_| ()),
+        Err(StartError::MasterKey(MasterKeyError::EnvMissing { .. }))
+    ));
     let kuma = Kuma::start(Options::new(dir.path()).context("orders").shards(3)).await.unwrap();
     assert_eq!(kuma.entity::<Ledger>("l-1").append(entered(1)).await.unwrap(), Version(1));
 }

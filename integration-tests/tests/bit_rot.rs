@@ -5,7 +5,9 @@ mod common;
 
 use std::{collections::BTreeMap, path::Path, sync::Arc, time::Duration};
 
-use common::{Files, Ledger, LedgerEvent, assert_clean, directory, image, read_files, sentence, until, watermark, write_files};
+use common::{
+    Files, Ledger, LedgerEvent, assert_clean, directory, image, read_files, sentence, until, watermark, write_files,
+};
 use futures_util::{StreamExt, future::try_join_all, stream};
 use kuma_core::{Kuma, LocalMasterKey, MasterKey, MasterKeySource, Metadata, Options, RecordedEvent};
 use rand::{RngExt, SeedableRng, rngs::StdRng};
@@ -158,7 +160,8 @@ struct Flip {
 
 impl Flip {
     fn choose(files: &Files, of: impl Fn(&str) -> bool, random: &mut StdRng) -> Flip {
-        let candidates: Vec<(&String, usize)> = files.iter().filter(|(name, _)| of(name)).map(|(name, bytes)| (name, bytes.len())).collect();
+        let candidates: Vec<(&String, usize)> =
+            files.iter().filter(|(name, _)| of(name)).map(|(name, bytes)| (name, bytes.len())).collect();
         let total: usize = candidates.iter().map(|(_, length)| length).sum();
         let mut at = random.random_range(0..total);
         for (name, length) in candidates {
@@ -210,7 +213,8 @@ async fn no_flipped_bit_goes_unnoticed() {
             async move {
                 let files = flip.apply(&store.files);
                 let task = tokio::spawn(async move { look(&store, &files).await });
-                let found = tokio::time::timeout(Duration::from_secs(60), task).await.expect("it hangs").expect("it panicked");
+                let found =
+                    tokio::time::timeout(Duration::from_secs(60), task).await.expect("it hangs").expect("it panicked");
                 (flip, found)
             }
         });
@@ -250,14 +254,18 @@ async fn damaged(store: &Store, what: &str, outcome: Outcome, damage: impl FnOnc
     let refused: Vec<String> = match (&opened, &outcome) {
         (Ok(kuma), Outcome::OutOfUse(shards, words)) => {
             let stats = kuma.stats();
-            let out: Vec<(u16, &String)> = stats.shards.iter().filter_map(|shard| Some((shard.shard, shard.out_of_use.as_ref()?))).collect();
+            let out: Vec<(u16, &String)> =
+                stats.shards.iter().filter_map(|shard| Some((shard.shard, shard.out_of_use.as_ref()?))).collect();
             assert_eq!(out.iter().map(|(shard, _)| *shard).collect::<Vec<_>>(), *shards, "{what}");
             assert!(out.iter().all(|(_, why)| why.contains(words)), "{what}: {out:?}");
             for (id, expected) in &store.content {
                 match read(kuma, id).await {
                     Ok(content) => assert_eq!(content, *expected, "{what}: {id}"),
                     Err(error) => {
-                        assert!(shards.contains(&(kuma_core::slot_of("ledger", id).shard(store.shards))), "{what}: {id}: {error}");
+                        assert!(
+                            shards.contains(&(kuma_core::slot_of("ledger", id).shard(store.shards))),
+                            "{what}: {id}: {error}"
+                        );
                         assert!(error.to_string().contains(words), "{what}: {error}");
                     }
                 }
@@ -279,12 +287,21 @@ async fn damaged(store: &Store, what: &str, outcome: Outcome, damage: impl FnOnc
         kuma.shutdown().await;
     }
     let mut after = read_files(dir.path());
-    let of_refused = |name: &str| refused.iter().any(|stem| name.starts_with(stem.as_str())) && !name.starts_with("keys") ;
-    for (name, bytes) in files.iter().filter(|(name, _)| of_refused(name) || refused.is_empty() && name.ends_with("json")) {
+    let of_refused =
+        |name: &str| refused.iter().any(|stem| name.starts_with(stem.as_str())) && !name.starts_with("keys");
+    for (name, bytes) in
+        files.iter().filter(|(name, _)| of_refused(name) || refused.is_empty() && name.ends_with("json"))
+    {
         assert!(after.get(name) == Some(bytes), "{what}: {name} was changed by a refused open");
     }
     // Only what was damaged comes back.
-    after.extend(store.files.iter().filter(|(name, bytes)| files.get(*name) != Some(bytes)).map(|(name, bytes)| (name.clone(), bytes.clone())));
+    after.extend(
+        store
+            .files
+            .iter()
+            .filter(|(name, bytes)| files.get(*name) != Some(bytes))
+            .map(|(name, bytes)| (name.clone(), bytes.clone())),
+    );
     let kuma = store.open(dir.path(), &after).await.unwrap();
     for (id, expected) in &store.content {
         assert_eq!(read(&kuma, id).await.unwrap(), *expected, "{what}: {id} after the repair");
@@ -307,17 +324,26 @@ async fn a_truncated_log_puts_its_shard_out_of_use_and_nothing_is_deleted() {
     let length = store.files["shard-001.db-wal"].len();
     for keep in [0, 1, 31, 32, 33, 4096, length / 2, length - 4096, length - 1] {
         let what = format!("a log of {length} bytes cut to {keep}");
-        damaged(&store, &what, Outcome::OutOfUse(&[1], LOST), |files| files.get_mut("shard-001.db-wal").unwrap().truncate(keep)).await;
+        damaged(&store, &what, Outcome::OutOfUse(&[1], LOST), |files| {
+            files.get_mut("shard-001.db-wal").unwrap().truncate(keep)
+        })
+        .await;
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_lost_file_puts_its_shard_out_of_use_and_comes_back_with_the_file() {
     let store = Store::make(3).await;
-    let lose = async |name: &str, outcome| damaged(&store, &format!("{name} is lost"), outcome, |files| drop(files.remove(name))).await;
+    let lose = async |name: &str, outcome| {
+        damaged(&store, &format!("{name} is lost"), outcome, |files| drop(files.remove(name))).await
+    };
     lose("shard-000.db-wal", Outcome::OutOfUse(&[0], LOST)).await;
     lose("shard-002.db", Outcome::OutOfUse(&[2], "is missing although this store has it")).await;
-    lose("shard-001.watermark", Outcome::OutOfUse(&[1], "is missing, so that a loss of acknowledged events would go unnoticed")).await;
+    lose(
+        "shard-001.watermark",
+        Outcome::OutOfUse(&[1], "is missing, so that a loss of acknowledged events would go unnoticed"),
+    )
+    .await;
     lose("keys.db", Outcome::Refused("keys.db is missing although this store has it")).await;
     lose("keys.db-wal", Outcome::Refused(LOST)).await;
     lose("keys.watermark", Outcome::Refused("is missing, so that a loss")).await;
@@ -338,7 +364,10 @@ async fn a_damaged_watermark_is_not_believed() {
     .await;
     // The older record still says something, and nothing was lost.
     for record in [0, 64] {
-        damaged(&store, "one record damaged", Outcome::Nothing, |files| files.get_mut("shard-001.watermark").unwrap()[record + 10] ^= 1).await;
+        damaged(&store, "one record damaged", Outcome::Nothing, |files| {
+            files.get_mut("shard-001.watermark").unwrap()[record + 10] ^= 1
+        })
+        .await;
     }
 }
 

@@ -15,7 +15,10 @@ use std::{
 };
 
 use common::{Ledger, assert_clean, directory, entered};
-use kuma_core::{Kuma, LocalMasterKey, MasterKey, MasterKeyError, MasterKeySource, Options, ReadError, StartError, Unavailable, VaultError};
+use kuma_core::{
+    Kuma, LocalMasterKey, MasterKey, MasterKeyError, MasterKeySource, Options, ReadError, StartError, Unavailable,
+    VaultError,
+};
 use kuma_crypto::{BoxFuture, KekId, Secret32};
 
 const ENTITIES: u64 = 300;
@@ -159,7 +162,8 @@ impl MasterKey for Service {
 #[tokio::test]
 async fn a_provider_that_is_down_makes_entities_unavailable_and_harms_none() {
     let dir = directory();
-    let service = Arc::new(Service { key: LocalMasterKey::generate(), calls: AtomicU64::new(0), down: AtomicBool::new(false) });
+    let service =
+        Arc::new(Service { key: LocalMasterKey::generate(), calls: AtomicU64::new(0), down: AtomicBool::new(false) });
     let options = || Options::new(dir.path()).shards(1).master_key(MasterKeySource::Provider(service.clone()));
     let kuma = Kuma::start(options()).await.unwrap();
     let (known, unknown) = (kuma.entity::<Ledger>("known"), kuma.entity::<Ledger>("unknown"));
@@ -186,8 +190,7 @@ async fn a_provider_that_is_down_makes_entities_unavailable_and_harms_none() {
 
     service.down.store(true, Relaxed);
     let refused = Kuma::start(options()).await.map(|_| ()).unwrap_err();
-    let is_provider = |error: &StartError| {
-        matches!(error, StartError::Vault(VaultError::MasterKey(MasterKeyError::Provider { .. })))
-    };
+    let is_provider =
+        |error: &StartError| matches!(error, StartError::Vault(VaultError::MasterKey(MasterKeyError::Provider { .. })));
     assert!(is_provider(&refused), "a provider that is down is not a wrong key: {refused:?}");
 }

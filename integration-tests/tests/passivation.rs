@@ -24,10 +24,13 @@ async fn under_pressure(options: impl Fn(Options) -> Options, live_max: usize) {
                 let ledger = kuma.entity::<Ledger>(format!("l-{}", (writer * 7 + number * 13) % ENTITIES));
                 pending.push(ledger.append(entered(writer * APPENDS + number)).submit().await.unwrap());
                 if pending.len() == 10 {
-                    join_all(pending.drain(..)).await.into_iter().for_each(|outcome| drop(outcome.unwrap()));
+                    join_all(pending.drain(..))
+                        .await
+                        .into_iter()
+                        .for_each(|outcome| assert!(outcome.is_ok(), "{outcome:?}"));
                 }
             }
-            join_all(pending).await.into_iter().for_each(|outcome| drop(outcome.unwrap()));
+            join_all(pending).await.into_iter().for_each(|outcome| assert!(outcome.is_ok(), "{outcome:?}"));
         })
     });
     join_all(writers).await.into_iter().for_each(|done| done.unwrap());

@@ -199,7 +199,15 @@ fn control(disk: Disk, durability: Durability, seed: u64) -> Tally {
         let data = directory.path().join("data");
         let oracle = Arc::new(Mutex::new(Oracle::default()));
         let operations = random.random_range(150..900);
-        let plan = Plan { disk, durability, operations, seed: random.random(), life: store, event_bytes: 300, answered: false };
+        let plan = Plan {
+            disk,
+            durability,
+            operations,
+            seed: random.random(),
+            life: store,
+            event_bytes: 300,
+            answered: false,
+        };
         // The store itself is made with care: what is lost is appends.
         runtime().block_on(async { Kuma::start(options(&data)).await.unwrap().shutdown().await });
         tally.count(&live(&data, &plan, &oracle));

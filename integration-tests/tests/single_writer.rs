@@ -9,8 +9,8 @@ use common::{Ledger, assert_clean, directory, entered};
 use futures_util::future::{join_all, try_join_all};
 use kuma_core::Version;
 use kuma_shard::{
-    Activation, Commit, CommitCheck, CommitError, CopyId, DataDir, EntityHash, EntityRow, FileOptions, LogRow, NotWritten, Shard,
-    ShardOptions, Slot, Submission,
+    Activation, Commit, CommitCheck, CommitError, CopyId, DataDir, EntityHash, EntityRow, FileOptions, LogRow,
+    NotWritten, Shard, ShardOptions, Slot, Submission,
 };
 use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
 use rand::{RngExt, SeedableRng, rngs::StdRng};
@@ -96,7 +96,12 @@ impl Actor for Root {
         Ok(())
     }
 
-    async fn handle_supervisor_evt(&self, _me: ActorRef<()>, _: SupervisionEvent, _: &mut ()) -> Result<(), ActorProcessingErr> {
+    async fn handle_supervisor_evt(
+        &self,
+        _me: ActorRef<()>,
+        _: SupervisionEvent,
+        _: &mut (),
+    ) -> Result<(), ActorProcessingErr> {
         Ok(())
     }
 }
@@ -142,7 +147,11 @@ impl Alone {
         })
     }
 
-    fn submit(&self, activation: &Arc<Activation>, commit: Option<Commit>) -> oneshot::Receiver<Result<(), CommitError>> {
+    fn submit(
+        &self,
+        activation: &Arc<Activation>,
+        commit: Option<Commit>,
+    ) -> oneshot::Receiver<Result<(), CommitError>> {
         let (told, outcome) = oneshot::channel();
         let on_settled = Box::new(move |result| told.send(result).unwrap());
         self.shard.submit(Submission { activation: activation.clone(), commit, on_settled });

@@ -36,7 +36,7 @@ use crate::{
     body::EncodedEvents,
     identity::Identity,
     kind::{Decoded, Kind, State},
-    live::{Durable, Published, Usage},
+    live::{Durable, Published, View},
     micros,
     replay::{self, Opener},
     reply::AppendReply,
@@ -64,6 +64,17 @@ pub(crate) enum EntityMessage {
 
 impl ractor::Message for EntityMessage {} // local only: it never crosses a node
 
+impl EntityMessage {
+    /// Answers whoever asked. A caller that is gone does not want to know.
+    fn refuse(self, error: ReadError) {
+        match self {
+            EntityMessage::Append(request) => request.reply.send(Err(error.into())),
+            EntityMessage::Read { reply, .. } => drop(reply.send(Err(error))),
+            EntityMessage::Open { reply } => drop(reply.send(Err(error))),
+        }
+    }
+}
+
 /// The behaviour. Stateless: everything mutable is in [`EntityState`].
 pub(crate) struct EntityActor;
 
@@ -72,8 +83,7 @@ pub(crate) struct EntityState {
     pub(crate) core: Arc<ShardCore>,
     pub(crate) kind: Arc<dyn Kind>,
     pub(crate) identity: Arc<Identity>,
-    pub(crate) published: Arc<Mutex<Option<Published>>>,
-    pub(crate) usage: Arc<Usage>,
+    pub(crate) view: Arc<View>,
     /// Boxed: most live entities are idle.
     pub(crate) loaded: Option<Box<Loaded>>,
 }
@@ -116,15 +126,9 @@ impl Actor for EntityActor {
         message: EntityMessage,
         state: &mut EntityState,
     ) -> Result<(), ActorProcessingErr> {
-        state.usage.touch(&state.core.clock);
-        match message {
-            EntityMessage::Append(request) => state.append(*request).await,
-            EntityMessage::Read { after_appends, reply } => state.read(me, after_appends, reply).await,
-            EntityMessage::Open { reply } => {
-                let opener = state.load().await.map(|loaded| loaded.opener.as_ref().map(Opener::share));
-                // A caller that is gone does not want to know.
-                let _ = reply.send(opener);
-            }
+        state.view.usage.touch(&state.core.clock);
+        if let Some(wait) = state.take(&me, message) {
+            Box::pin(state.take_after(&me, wait)).await;
         }
         Ok(())
     }
@@ -138,39 +142,95 @@ impl Actor for EntityActor {
     }
 }
 
+/// What has to be waited for before a message can be taken, or after it was.
+enum Wait {
+    /// The entity is not in memory.
+    Load(EntityMessage),
+    /// The entity has no key yet.
+    Key(Box<AppendRequest>),
+    /// The newest state was lost.
+    Rebuild,
+    /// What is in memory is not to be used any more.
+    Unload,
+}
+
 impl EntityState {
-    async fn append(&mut self, request: AppendRequest) {
+    /// Takes a message, if that needs no waiting; the usual one needs none.
+    ///
+    /// An actor's task has room for its largest future for as long as it lives, so that whatever an idle entity does not need (replay,
+    /// a new key, recovery) is in [`EntityState::take_after`], which is boxed: 2 KiB less for each live entity.
+    fn take(&mut self, me: &ActorRef<EntityMessage>, message: EntityMessage) -> Option<Wait> {
+        if !self.is_loaded() {
+            return Some(Wait::Load(message));
+        }
+        let loaded = self.loaded.as_deref()?;
+        match message {
+            EntityMessage::Append(request) if loaded.opener.is_none() => Some(Wait::Key(request)),
+            EntityMessage::Append(request) => self.append(*request),
+            EntityMessage::Read { after_appends, reply } => {
+                self.read(me, after_appends, reply);
+                None
+            }
+            EntityMessage::Open { reply } => {
+                // A caller that is gone does not want to know.
+                let _ = reply.send(Ok(loaded.opener.as_ref().map(Opener::share)));
+                None
+            }
+        }
+    }
+
+    /// Waits for what a message needs, and takes it then.
+    async fn take_after(&mut self, me: &ActorRef<EntityMessage>, wait: Wait) {
+        let mut next = Some(wait);
+        while let Some(wait) = next.take() {
+            match wait {
+                Wait::Load(message) => match self.load().await {
+                    Ok(()) => next = self.take(me, message),
+                    Err(error) => message.refuse(error),
+                },
+                Wait::Key(request) => match self.create_key().await {
+                    Ok(()) => next = self.take(me, EntityMessage::Append(request)),
+                    Err(cause) => EntityMessage::Append(request)
+                        .refuse(Unavailable::NoKey { entity: self.identity.hash, cause }.into()),
+                },
+                Wait::Rebuild => self.rebuild().await,
+                Wait::Unload => self.unload().await,
+            }
+        }
+    }
+
+    fn append(&mut self, request: AppendRequest) -> Option<Wait> {
         let AppendRequest { events, decoded, expected, metadata, reply } = request;
         let entity = self.identity.hash;
-        if let Err(error) = self.load().await {
-            return reply.send(Err(error.into()));
-        }
-        let Some(loaded) = self.loaded.as_deref_mut() else { return };
-        let actual = Version(loaded.version);
+        let actual = Version(self.loaded.as_deref()?.version);
         if let Some(expected) = expected.filter(|expected| *expected != actual) {
-            return self.refuse(Refused::WrongVersion { entity, expected, actual }, reply);
-        }
-        if loaded.opener.is_none() {
-            match new_opener(&self.core, &*self.kind, &self.identity).await {
-                Ok(opener) => loaded.opener = Some(opener),
-                Err(cause) => return reply.send(Err(Unavailable::NoKey { entity, cause }.into())),
-            }
+            self.refuse(Refused::WrongVersion { entity, expected, actual }, reply);
+            return None;
         }
         if !self.speculate(&decoded) {
             self.refuse(Refused::ApplyPanicked { entity }, reply);
-            return self.rebuild().await;
+            return Some(Wait::Rebuild);
         }
         if let Err(error) = self.submit(events, decoded, metadata.as_ref(), reply) {
             // The state has the events and the log has not: start over.
             tracing::error!(%entity, error = %error, "a commit could not be encoded");
-            self.unload().await;
+            return Some(Wait::Unload);
         }
+        None
+    }
+
+    async fn create_key(&mut self) -> Result<(), crate::VaultError> {
+        let opener = new_opener(&self.core, &*self.kind, &self.identity).await?;
+        if let Some(loaded) = self.loaded.as_deref_mut() {
+            loaded.opener = Some(opener);
+        }
+        Ok(())
     }
 
     /// Applies events to the newest state; false if that panicked and there is no such state any more.
     fn speculate(&mut self, events: &Decoded) -> bool {
         let Some(loaded) = self.loaded.as_deref_mut() else { return false };
-        let (kind, published) = (&*self.kind, &self.published);
+        let (kind, published) = (&*self.kind, &self.view.published);
         let before = loaded.speculative.take();
         let applied = catch_unwind(AssertUnwindSafe(|| {
             let mut state = before.or_else(|| Some(kind.copy(&durable(published)?)))?;
@@ -184,7 +244,7 @@ impl EntityState {
     /// Makes the newest state again, after it was lost.
     async fn rebuild(&mut self) {
         let Some(loaded) = self.loaded.as_deref_mut() else { return };
-        let (kind, published) = (&*self.kind, &self.published);
+        let (kind, published) = (&*self.kind, &self.view.published);
         let in_flight = &loaded.in_flight;
         let rebuilt = catch_unwind(AssertUnwindSafe(|| {
             let mut state = kind.copy(&durable(published)?);
@@ -209,7 +269,7 @@ impl EntityState {
     async fn unload(&mut self) {
         if let Some(loaded) = self.loaded.take() {
             self.core.settled(&loaded.activation).await;
-            *self.published.lock() = None;
+            *self.view.published.lock() = None;
         }
     }
 
@@ -274,47 +334,38 @@ impl EntityState {
         }
     }
 
-    async fn read(
-        &mut self,
-        me: ActorRef<EntityMessage>,
+    fn read(
+        &self,
+        me: &ActorRef<EntityMessage>,
         after_appends: bool,
         reply: oneshot::Sender<Result<Durable, ReadError>>,
     ) {
-        let result = match self.load().await {
-            Err(error) => Err(error),
-            Ok(loaded) if after_appends && !loaded.in_flight.is_empty() => {
-                // Whatever becomes of them, the state is read when they are settled. An actor that is gone by then drops the
-                // reply, and the reader asks again.
-                let again = EntityMessage::Read { after_appends: false, reply };
-                let on_settled = Box::new(move |_| drop(me.cast(again)));
-                let activation = loaded.activation.clone();
-                return self.core.shard.submit(Submission { activation, commit: None, on_settled });
-            }
-            Ok(_) => match self.published.lock().as_ref() {
-                Some(published) => Ok(published.durable.clone()),
-                None => Err(Unavailable::Interrupted { entity: self.identity.hash }.into()),
-            },
-        };
+        if let Some(loaded) = self.loaded.as_deref().filter(|loaded| after_appends && !loaded.in_flight.is_empty()) {
+            // Whatever becomes of them, the state is read when they are settled. An actor that is gone by then drops the reply, and
+            // the reader asks again.
+            let (me, again) = (me.clone(), EntityMessage::Read { after_appends: false, reply });
+            let on_settled = Box::new(move |_| drop(me.cast(again)));
+            let activation = loaded.activation.clone();
+            return self.core.shard.submit(Submission { activation, commit: None, on_settled });
+        }
+        let durable = self.view.published.lock().as_ref().map(|published| published.durable.clone());
         // A caller that is gone does not want to know.
-        let _ = reply.send(result);
+        let _ = reply.send(durable.ok_or_else(|| Unavailable::Interrupted { entity: self.identity.hash }.into()));
     }
 
-    /// The entity as it is now: replayed if it has to be, with all that became durable published.
-    async fn load(&mut self) -> Result<&mut Loaded, ReadError> {
+    /// Whether the entity can be used as it is now, with all that became durable published.
+    fn is_loaded(&mut self) -> bool {
         if self.loaded.as_ref().is_some_and(|loaded| loaded.activation.is_voided()) {
             // The writer refuses what is left of this activation, so that there is nothing to wait for.
             self.loaded = None;
         }
-        if !self.publish() {
-            self.unload().await;
-        }
-        if self.loaded.is_none() {
-            self.replay().await?;
-        }
-        match self.loaded.as_deref_mut() {
-            Some(loaded) => Ok(loaded),
-            None => Err(Unavailable::Interrupted { entity: self.identity.hash }.into()),
-        }
+        self.loaded.is_some() && self.publish()
+    }
+
+    /// Replays the entity, after whatever is left of an earlier activation was settled.
+    async fn load(&mut self) -> Result<(), ReadError> {
+        self.unload().await;
+        self.replay().await
     }
 
     async fn replay(&mut self) -> Result<(), ReadError> {
@@ -328,9 +379,9 @@ impl EntityState {
             }
         })?;
         let activation = Arc::new(Activation::at(replayed.version));
-        self.usage.set_state_bytes(self.kind.memory_bytes(&replayed.state));
+        self.view.usage.set_state_bytes(self.kind.memory_bytes(&replayed.state));
         let durable = Durable { state: replayed.state, version: Version(replayed.version) };
-        *self.published.lock() = Some(Published { durable, activation: activation.clone() });
+        *self.view.published.lock() = Some(Published { durable, activation: activation.clone() });
         self.loaded = Some(Box::new(Loaded {
             activation,
             created: replayed.opener.is_some(),
@@ -350,7 +401,7 @@ impl EntityState {
         if loaded.in_flight.front().is_none_or(|commit| commit.last_version > committed) {
             return true;
         }
-        let mut published = self.published.lock();
+        let mut published = self.view.published.lock();
         let Some(now) = published.as_mut() else { return false };
         while let Some(commit) = loaded.in_flight.pop_front_if(|commit| commit.last_version <= committed) {
             let (kind, durable) = (&*self.kind, &mut now.durable);
@@ -363,7 +414,7 @@ impl EntityState {
             durable.version = Version(commit.last_version);
         }
         if now.durable.version.0.is_multiple_of(64) {
-            self.usage.set_state_bytes(self.kind.memory_bytes(&now.durable.state));
+            self.view.usage.set_state_bytes(self.kind.memory_bytes(&now.durable.state));
         }
         true
     }
@@ -382,7 +433,7 @@ async fn new_opener(core: &ShardCore, kind: &dyn Kind, identity: &Identity) -> R
         eid: core.shard.allocate_eid(),
         copy: CopyId::GENESIS,
         slot: identity.slot,
-        kind: kind.name().to_owned(),
+        kind: kind.name().clone(),
         id_hash: identity.hash,
         sealed_id,
         key_id: key_id.0,

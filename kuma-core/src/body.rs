@@ -72,7 +72,9 @@ impl EventEncoder {
         deserializer.set_max_depth(DEPTH_MAX);
         match serde::de::IgnoredAny::deserialize(&mut deserializer) {
             Ok(_) if rest.is_empty() => {}
-            Err(rmp_serde::decode::Error::DepthLimitExceeded) => return Err(undecodable("its data is nested more than 128 deep")),
+            Err(rmp_serde::decode::Error::DepthLimitExceeded) => {
+                return Err(undecodable("its data is nested more than 128 deep"));
+            }
             _ => return Err(undecodable("its data is not one MessagePack value")),
         }
         self.push(event.schema)

@@ -253,8 +253,8 @@ pub enum ReplayError {
         /// Why.
         detail: String,
     },
-    /// `apply` panicked.
-    #[error("applying the events of kind {kind} at version {version} panicked; mend its `apply`")]
+    /// The kind's code panicked.
+    #[error("the code of kind {kind} panicked on the events at version {version}; mend its `apply`, `Default` or `Deserialize`")]
     Panicked {
         /// The kind.
         kind: String,

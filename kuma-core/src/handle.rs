@@ -266,7 +266,8 @@ impl RawHandle {
         Ok((json, version))
     }
 
-    /// Stored events with these versions, oldest first, at most `events_max` of them (and the rest of the last commit's).
+    /// Stored events with these versions, oldest first, at most `events_max` of them (and the rest of the last commit's). They are
+    /// listed even where the kind cannot fold them.
     ///
     /// # Errors
     /// The entity cannot be read.
@@ -279,11 +280,19 @@ impl RawHandle {
     ) -> Result<Vec<RecordedEvent>, ReadError> {
         let Who { identity, .. } = self.who()?;
         let core = self.store.core(identity)?;
-        let Some(opener) = self.ask(|reply| EntityMessage::Open { reply }).await? else { return Ok(Vec::new()) };
         let entity = identity.hash;
+        let unreadable = |cause| Unavailable::Unreadable { entity, cause };
+        let opener = match self.ask(|reply| EntityMessage::Open { reply }).await {
+            // What cannot be folded can still be listed.
+            Err(ReadError::Unavailable(Unavailable::Unreadable { .. } | Unavailable::Quarantined { .. })) => {
+                crate::replay::find(core, identity).await.map_err(unreadable)?
+            }
+            opener => opener?,
+        };
+        let Some(opener) = opener else { return Ok(Vec::new()) };
         read_events(core, &opener, versions, events_max)
             .await
-            .map_err(|cause| Unavailable::Unreadable { entity, cause }.into())
+            .map_err(|cause| unreadable(cause).into())
     }
 
     /// Takes the entity out of memory after all it was asked is done; its next use replays it. Kuma does this by itself.
@@ -354,7 +363,7 @@ impl RawHandle {
             && let Some(durable) = live.peek()
         {
             let core = self.store.core(&self.who()?.identity)?;
-            live.usage.touch(&core.clock);
+            live.view.usage.touch(&core.clock);
             return Ok(durable);
         }
         let after_appends = self.own.count() > 0;

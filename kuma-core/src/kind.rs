@@ -3,6 +3,7 @@
 use std::{
     any::{Any, TypeId},
     marker::PhantomData,
+    panic::{AssertUnwindSafe, catch_unwind},
     sync::Arc,
 };
 
@@ -25,7 +26,7 @@ pub(crate) struct Undecodable {
 
 /// What can be done with the states and events of one kind.
 pub(crate) trait Kind: Send + Sync + 'static {
-    fn name(&self) -> &str;
+    fn name(&self) -> &Arc<str>;
     /// The Rust type, if there is one.
     fn rust_type(&self) -> Option<TypeId>;
     fn initial(&self) -> State;
@@ -40,11 +41,14 @@ pub(crate) trait Kind: Send + Sync + 'static {
 }
 
 /// A kind with a Rust type.
-pub(crate) struct TypedKind<E>(PhantomData<fn() -> E>);
+pub(crate) struct TypedKind<E> {
+    name: Arc<str>,
+    entity: PhantomData<fn() -> E>,
+}
 
 impl<E: Entity> TypedKind<E> {
     pub(crate) fn new() -> Self {
-        TypedKind(PhantomData)
+        TypedKind { name: E::KIND.into(), entity: PhantomData }
     }
 }
 
@@ -57,8 +61,8 @@ fn known<T: 'static>(state: Option<&T>) -> &T {
 }
 
 impl<E: Entity> Kind for TypedKind<E> {
-    fn name(&self) -> &str {
-        E::KIND
+    fn name(&self) -> &Arc<str> {
+        &self.name
     }
 
     fn rust_type(&self) -> Option<TypeId> {
@@ -98,23 +102,25 @@ impl<E: Entity> Kind for TypedKind<E> {
     }
 
     fn memory_bytes(&self, state: &State) -> usize {
-        known::<E>(state.downcast_ref()).memory_bytes()
+        let state = known::<E>(state.downcast_ref());
+        // Only an estimate: nobody's call is worth failing for it.
+        catch_unwind(AssertUnwindSafe(|| state.memory_bytes())).unwrap_or(size_of::<E>())
     }
 }
 
 /// A kind without Rust code: the state is one JSON document, and each event's data is merged into it (RFC 7396).
 pub(crate) struct DocumentKind {
-    name: String,
+    name: Arc<str>,
 }
 
 impl DocumentKind {
     pub(crate) fn new(name: &str) -> Self {
-        DocumentKind { name: name.to_owned() }
+        DocumentKind { name: name.into() }
     }
 }
 
 impl Kind for DocumentKind {
-    fn name(&self) -> &str {
+    fn name(&self) -> &Arc<str> {
         &self.name
     }
 

@@ -31,19 +31,25 @@ pub(crate) struct Published {
     pub(crate) activation: Arc<Activation>,
 }
 
-/// Shared by an entity's actor, its handles and its supervisor.
+/// Shared by an entity's handles and its supervisor.
 pub(crate) struct Live {
     pub(crate) actor: ActorRef<EntityMessage>,
-    pub(crate) published: Arc<Mutex<Option<Published>>>,
+    pub(crate) view: Arc<View>,
     /// Appends that wait.
     pub(crate) appends: Arc<Budget>,
-    pub(crate) usage: Arc<Usage>,
+}
+
+/// What an entity's actor shows.
+#[derive(Default)]
+pub(crate) struct View {
+    pub(crate) published: Mutex<Option<Published>>,
+    pub(crate) usage: Usage,
 }
 
 impl Live {
     /// The durable state, if it is as new as anyone was told.
     pub(crate) fn peek(&self) -> Option<Durable> {
-        let published = self.published.lock();
+        let published = self.view.published.lock();
         let Published { durable, activation } = published.as_ref()?;
         (!activation.is_voided() && activation.committed() <= durable.version.0).then(|| durable.clone())
     }

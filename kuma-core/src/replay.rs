@@ -56,15 +56,20 @@ async fn find_and_fold(
     identity: &Identity,
 ) -> Result<Option<Replayed>, ReplayError> {
     let entity = identity.hash;
-    let Some(row) = core.shard.find_entity(CopyId::GENESIS, entity).await? else {
-        return Ok(Some(Replayed { opener: None, state: kind.initial(), version: 0, at_us: 0 }));
+    let initial = || catch_unwind(AssertUnwindSafe(|| kind.initial())).map_err(|_| panicked(kind, Version(0)));
+    let Some(mut row) = core.shard.find_entity(CopyId::GENESIS, entity).await? else {
+        return Ok(Some(Replayed { opener: None, state: initial()?, version: 0, at_us: 0 }));
     };
     if row.erased_at_us.is_some() {
         return Ok(None);
     }
+    if row.kind == *kind.name() {
+        // One allocation for all entities of the kind.
+        row.kind = kind.name().clone();
+    }
     let key = core.vault.key(entity, KeyId(row.key_id)).await?;
     let opener = Opener { row: Arc::new(row), key };
-    let (mut state, mut version, mut at_us) = (kind.initial(), 0, 0);
+    let (mut state, mut version, mut at_us) = (initial()?, 0, 0);
     let mut rows_max = FIRST_PAGE_ROWS;
     loop {
         let rows = opener.page(&core.shard, version, rows_max).await?;
@@ -83,6 +88,13 @@ async fn find_and_fold(
         }
     }
     Ok(Some(Replayed { opener: Some(opener), state, version, at_us }))
+}
+
+/// What it takes to read the entity's events without folding them; none if it was never written.
+pub(crate) async fn find(core: &ShardCore, identity: &Identity) -> Result<Option<Opener>, ReplayError> {
+    let Some(row) = core.shard.find_entity(CopyId::GENESIS, identity.hash).await? else { return Ok(None) };
+    let key = core.vault.key(identity.hash, KeyId(row.key_id)).await?;
+    Ok(Some(Opener { row: Arc::new(row), key }))
 }
 
 fn next_page_rows(rows: usize, bytes: usize) -> u32 {
@@ -139,7 +151,7 @@ impl Opener {
 fn fold(kind: &dyn Kind, state: &mut State, row: &LogRow, plaintext: &[u8]) -> Result<(), ReplayError> {
     let version = Version(row.version);
     let undecodable = |event: String, detail: String| {
-        let kind = kind.name().to_owned();
+        let kind = kind.name().to_string();
         ReplayError::Undecodable { kind, event, version, detail }
     };
     let body = Body::parse(plaintext).map_err(|error| undecodable(String::new(), error.to_string()))?;
@@ -148,7 +160,11 @@ fn fold(kind: &dyn Kind, state: &mut State, row: &LogRow, plaintext: &[u8]) -> R
         return Err(undecodable(String::new(), detail));
     }
     let events: Vec<&[u8]> = body.events.iter().map(|(_, event)| &***event).collect();
-    let decoded = kind.decode(&events).map_err(|error| undecodable(error.event, error.detail))?;
-    catch_unwind(AssertUnwindSafe(|| kind.apply(state, &decoded)))
-        .map_err(|_| ReplayError::Panicked { kind: kind.name().to_owned(), version })
+    // Decoding runs the user's code as well.
+    let folded = catch_unwind(AssertUnwindSafe(|| kind.decode(&events).map(|decoded| kind.apply(state, &decoded))));
+    folded.map_err(|_| panicked(kind, version))?.map_err(|error| undecodable(error.event, error.detail))
+}
+
+fn panicked(kind: &dyn Kind, version: Version) -> ReplayError {
+    ReplayError::Panicked { kind: kind.name().to_string(), version }
 }

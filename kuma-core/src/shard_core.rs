@@ -71,7 +71,7 @@ impl ShardCore {
     /// Empties the directory, after all its actors went with their supervisor. Handles must not read from them any more.
     pub(crate) fn forget_all(&self) {
         for (_, Entry::Live(live) | Entry::Leaving(live)) in self.directory.lock().drain() {
-            *live.published.lock() = None;
+            *live.view.published.lock() = None;
         }
     }
 

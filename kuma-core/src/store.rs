@@ -248,7 +248,9 @@ async fn open_parts(
         Err(error) => {
             keys.stop().await;
             return Err(match error {
-                VaultError::MasterKey(error) => StartError::WrongMasterKey(error),
+                VaultError::MasterKey(error @ kuma_crypto::MasterKeyError::UnknownKek { .. }) => {
+                    StartError::WrongMasterKey(error)
+                }
                 other => StartError::Vault(other),
             });
         }
@@ -382,6 +384,7 @@ impl Parts {
         }
         self.vault.keys.stop().await;
         self.root.stop(None);
+        self.data_dir.release();
         tracing::info!(path = %self.data_dir.path().display(), "the store is closed");
     }
 

@@ -14,7 +14,6 @@
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use kuma_shard::{Activation, Budget, EntityHash, Submission};
-use parking_lot::Mutex;
 use ractor::{Actor, ActorCell, ActorId, ActorProcessingErr, ActorRef, SupervisionEvent};
 use tokio::sync::oneshot;
 
@@ -23,7 +22,7 @@ use crate::{
     actor::{EntityActor, EntityState},
     identity::Identity,
     kind::Kind,
-    live::{ENTITY_BYTES, Live, Usage},
+    live::{ENTITY_BYTES, Live, Usage, View},
     shard_core::{Entry, ShardCore},
 };
 
@@ -161,21 +160,20 @@ impl SupervisorState {
     ) -> Result<Arc<Live>, Unavailable> {
         let entity = identity.hash;
         self.core.check_quarantine(entity)?;
-        let (published, usage) = (Arc::new(Mutex::new(None)), Arc::new(Usage::default()));
-        usage.touch(&self.core.clock);
+        let view = Arc::new(View::default());
+        view.usage.touch(&self.core.clock);
         let state = EntityState {
             core: self.core.clone(),
             kind,
             identity,
-            published: published.clone(),
-            usage: usage.clone(),
+            view: view.clone(),
             loaded: None,
         };
         let spawned = Actor::spawn_linked(None, EntityActor, state, me).await;
         let (actor, _) = spawned.map_err(|_| Unavailable::Interrupted { entity })?;
         self.by_actor.insert(actor.get_id(), entity);
         let appends = Budget::new(self.core.settings.entity_appends_max);
-        let live = Arc::new(Live { actor, published, appends, usage });
+        let live = Arc::new(Live { actor, view, appends });
         self.core.directory.lock().insert(entity, Entry::Live(live.clone()));
         self.live += 1;
         Ok(live)
@@ -215,7 +213,7 @@ impl SupervisorState {
             let (Entry::Live(live) | Entry::Leaving(live)) = &*entry;
             let live = live.clone();
             // Handles that still know it must not read from it: the next activation moves on without it.
-            *live.published.lock() = None;
+            *live.view.published.lock() = None;
             *entry = Entry::Leaving(live);
         }
         // Behind all that it had submitted.
@@ -274,8 +272,8 @@ impl SupervisorState {
     fn live_entities(&self, which: impl Fn(&Usage) -> bool) -> Vec<(u64, EntityHash, usize)> {
         let directory = self.core.directory.lock();
         let of = |(entity, entry): (&EntityHash, &Entry)| match entry {
-            Entry::Live(live) if live.appends.used() == 0 && which(&live.usage) => {
-                Some((live.usage.used_at_ms(), *entity, live.usage.memory_bytes()))
+            Entry::Live(live) if live.appends.used() == 0 && which(&live.view.usage) => {
+                Some((live.view.usage.used_at_ms(), *entity, live.view.usage.memory_bytes()))
             }
             _ => None,
         };

@@ -1,6 +1,6 @@
 //! Verification of a whole store: what the shards check without keys, and that every commit opens with its entity's key.
 
-use std::collections::{HashMap, HashSet, hash_map::Entry};
+use std::collections::{HashMap, HashSet};
 
 use kuma_crypto::KeyId;
 use kuma_shard::{CommitCheck, EntityHash, EntityRow, LogRow, ReadError, ShardReport};

@@ -114,7 +114,7 @@ pub struct DataDir {
     store: StoreFile,
     disk_id: DiskId,
     /// Held for as long as the directory is in use.
-    _lock: File,
+    lock: File,
 }
 
 impl DataDir {
@@ -149,7 +149,7 @@ impl DataDir {
                 if let Some(expected) = shards.filter(|shards| *shards != store.shards) {
                     return Err(DataDirError::OtherShards { path: path.to_owned(), found: store.shards, expected });
                 }
-                return Ok(DataDir { path: path.to_owned(), store: store.clone(), disk_id: *disk_id, _lock: lock });
+                return Ok(DataDir { path: path.to_owned(), store: store.clone(), disk_id: *disk_id, lock });
             }
             None if has_data(path) => {
                 return Err(DataDirError::NoIdentity { path: store_path, state: "missing although there is data".to_owned() });
@@ -165,7 +165,7 @@ impl DataDir {
             shards: shards.unwrap_or(shards_default),
             disk_id: disk_id.to_string(),
         };
-        let data_dir = DataDir { path: path.to_owned(), store, disk_id, _lock: lock };
+        let data_dir = DataDir { path: path.to_owned(), store, disk_id, lock };
         data_dir.write_store()?;
         Ok(data_dir)
     }
@@ -182,6 +182,13 @@ impl DataDir {
     pub fn finish(&mut self) -> Result<(), DataDirError> {
         self.store.state = StoreState::Ready;
         self.write_store()
+    }
+
+    /// Lets another process have the directory, although this value is still held: all files in it are closed.
+    pub fn release(&self) {
+        if let Err(error) = self.lock.unlock() {
+            tracing::warn!(path = %self.path.display(), %error, "the data directory stays locked until the store's last handle is gone");
+        }
     }
 
     /// Where the data is.

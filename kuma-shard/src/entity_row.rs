@@ -1,5 +1,7 @@
 //! The row of an entity: who it is, without saying so.
 
+use std::sync::Arc;
+
 use sqlx::{Row, sqlite::SqliteRow};
 
 use crate::{CopyId, EntityHash, Slot};
@@ -13,8 +15,8 @@ pub struct EntityRow {
     pub copy: CopyId,
     /// The slot.
     pub slot: Slot,
-    /// The kind, in clear.
-    pub kind: String,
+    /// The kind, in clear. Shared: a store has few kinds and many entities.
+    pub kind: Arc<str>,
     /// The keyed hash of kind and id.
     pub id_hash: EntityHash,
     /// The id, sealed with the entity's key.
@@ -60,7 +62,7 @@ impl EntityRow {
             eid: row.try_get("eid")?,
             copy: CopyId(copy),
             slot: Slot::new(row.try_get::<i64, _>("slot")?.cast_unsigned()),
-            kind: row.try_get("kind")?,
+            kind: row.try_get::<String, _>("kind")?.into(),
             id_hash: EntityHash(id_hash),
             sealed_id: row.try_get("sealed_id")?,
             key_id,

@@ -54,7 +54,7 @@ impl FileSpec {
     fn sqlite_error(&self, source: sqlx::Error) -> OpenError {
         let path = self.path.clone();
         match sqlite::trouble(&source) {
-            Trouble::DiskFull => OpenError::DiskFull { path },
+            Trouble::DiskFull | Trouble::IndexFull => OpenError::DiskFull { path },
             Trouble::ReadOnly => OpenError::ReadOnly { path },
             Trouble::Corrupt => OpenError::Damaged { path, detail: sqlite::detail(&source) },
             Trouble::Constraint | Trouble::Io => OpenError::Sqlite { path, source },

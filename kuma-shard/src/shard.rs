@@ -397,7 +397,7 @@ fn parse_tail(row: &SqliteRow) -> sqlx::Result<(LogRow, RowHash, i64)> {
         eid: 0,
         copy: CopyId::GENESIS,
         slot: Slot::new(0),
-        kind: String::new(),
+        kind: "".into(),
         id_hash: EntityHash(bytes("id_hash")?),
         sealed_id: Vec::new(),
         key_id: bytes("key_id")?,

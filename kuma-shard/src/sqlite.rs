@@ -153,6 +153,9 @@ pub(crate) async fn checkpoint(connection: &mut SqliteConnection, mode: Checkpoi
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Trouble {
     DiskFull,
+    /// No space for the index of the log (the `-shm` file). Unlike [`Trouble::DiskFull`] it can strike a commit whose pages are
+    /// written and synced already.
+    IndexFull,
     ReadOnly,
     Corrupt,
     Constraint,
@@ -169,6 +172,8 @@ pub(crate) fn trouble(error: &sqlx::Error) -> Trouble {
         _ => None,
     };
     match code.map(|code| code & 0xff) {
+        // SQLITE_IOERR_SHMSIZE
+        Some(_) if code == Some(4874) => Trouble::IndexFull,
         Some(13) => Trouble::DiskFull,
         Some(8) => Trouble::ReadOnly,
         // 1 is a generic error: with fixed statements it means that the schema is not the expected one.

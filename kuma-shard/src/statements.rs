@@ -134,7 +134,7 @@ fn bind_entity(query: Bound, entity: &EntityRow) -> Bound {
         .bind(entity.eid)
         .bind(entity.copy.0.to_vec())
         .bind(i64::from(entity.slot.number()))
-        .bind(entity.kind.clone())
+        .bind(entity.kind.to_string())
         .bind(entity.id_hash.0.to_vec())
         .bind(entity.sealed_id.clone())
         .bind(entity.key_id.to_vec())

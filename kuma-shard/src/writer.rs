@@ -380,7 +380,7 @@ impl<B: Book> WriterState<B> {
                 Ok(()) => {
                     let file = self.file.to_string();
                     return Outcome::NotWritten(match trouble {
-                        Trouble::DiskFull => NotWritten::DiskFull { file },
+                        Trouble::DiskFull | Trouble::IndexFull => NotWritten::DiskFull { file },
                         _ => NotWritten::Io { file, detail },
                     });
                 }
