@@ -3,6 +3,8 @@
 //! A child process appends and says on a pipe what was acknowledged; it is killed at a random instant; this process opens the
 //! store and compares. The child also says when group commits begin and end, so that it is known where the kill fell.
 
+#![allow(clippy::unwrap_used, clippy::panic)] // the helpers of tests are tests too
+
 use std::{
     collections::BTreeSet,
     io::{BufRead, BufReader},

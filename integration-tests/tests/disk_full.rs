@@ -3,6 +3,8 @@
 //!
 //! On a small tmpfs of its own, hence only as root; elsewhere the tests say that they were skipped.
 
+#![allow(clippy::unwrap_used, clippy::panic)] // the helpers of tests are tests too
+
 use std::{
     io::Write,
     path::{Path, PathBuf},

@@ -1,6 +1,8 @@
 //! A write or sync fails, for each of those that a small workload makes: nobody is told "durable" who is not, nobody is told "not
 //! written" who is, and the store goes on by itself.
 
+#![allow(clippy::unwrap_used, clippy::panic)] // the helpers of tests are tests too
+
 use std::{
     path::{Path, PathBuf},
     process::Command,
@@ -188,6 +190,36 @@ async fn what_is_acknowledged_after_a_failed_sync_survives_power_loss() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_was_refused_does_not_come_back_with_a_crash() {
     fail_each(Fault::Sync, Errno::Io, Then::Crash).await;
+}
+
+/// Syncs fail until the store is closed, so that its logs are left with commits that only the page cache has. The next start reads
+/// them; whatever it goes on from must be on the disk before anything is acknowledged.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_restart_after_failed_syncs_goes_on_from_what_is_on_the_disk() {
+    let template = Template::make().await;
+    let mut unknown = 0;
+    for n in 1..=12 {
+        let context = format!("all syncs from {n} on fail, restart, power cut");
+        let (_copy, data, mut oracle) = template.copy();
+        let power = PowerLoss::register(Disk::Honest);
+        let kuma = Kuma::start(options(&data).vfs(power.vfs_name())).await.unwrap();
+        power.fail_from_nth(Fault::Sync, n, Errno::Io);
+        let outcomes = workload(&kuma, &mut oracle).await;
+        unknown += outcomes.iter().filter(|outcome| matches!(outcome, Err(AppendError::Unknown { .. }))).count();
+        kuma.shutdown().await;
+        power.heal();
+        let kuma = Kuma::start(options(&data).vfs(power.vfs_name())).await.unwrap();
+        oracle.judge(&kuma).await.assert_clean(&context);
+        for (round, entity) in ["a", "b", "c", "d", "e", "f"].into_iter().enumerate() {
+            append_until_acked(&kuma, entity, 100 + round as u64, &mut oracle).await;
+        }
+        power.cut(n);
+        kuma.shutdown().await; // there is nothing left that it could harm
+        judge(&data, &oracle, &context).await;
+    }
+    template.end().await;
+    println!("12 restarts after failed syncs, {unknown} outcomes unknown");
+    assert!(unknown > 0, "nothing was left in doubt");
 }
 
 /// The same while a store is made and while one is opened: a typed error, and the next attempt finds all.

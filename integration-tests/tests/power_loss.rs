@@ -4,6 +4,8 @@
 //! commits, checkpoints. From that instant on nothing runs any more (the runtime is dropped), and the store is opened on the ordinary
 //! VFS. The watermark files are written beside the VFS, and count as synced at once: they must never make a healthy store refuse.
 
+#![allow(clippy::unwrap_used, clippy::panic)] // the helpers of tests are tests too
+
 use std::{
     path::Path,
     sync::Arc,

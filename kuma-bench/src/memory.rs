@@ -66,8 +66,11 @@ struct Measured {
     durability: String,
 }
 
-/// Entities that are used before memory is looked at, so that caches, threads and connections are there.
-const WARM_UP: u64 = 1000;
+/// Twice as many entities are used before memory is looked at as are measured, and stay: SQLite's caches (up to 16 MB for each
+/// writer) fill with the rows of the first ones, and would otherwise be counted as theirs.
+fn warm_up(entities: u64) -> u64 {
+    (2 * entities).max(1000)
+}
 
 pub(crate) async fn run(mut args: MemoryArgs) -> Result<()> {
     let base = args.common.prepare()?;
@@ -137,14 +140,14 @@ async fn entities(args: &PhaseArgs) -> Result<Measured> {
         }
     };
     // The warm-up has entities of its own, behind the others.
-    tasks::join_bounded((args.entities..args.entities + WARM_UP).map(use_once)).await?;
+    tasks::join_bounded((args.entities..args.entities + warm_up(args.entities)).map(use_once)).await?;
     let before = settled(&kuma).await?;
     tasks::join_bounded((0..args.entities).map(use_once)).await?;
     let after = settled(&kuma).await?;
     let stats = kuma.stats();
     kuma.shutdown().await;
     Ok(Measured {
-        live_entities: (stats.live_entities() as u64).saturating_sub(WARM_UP),
+        live_entities: (stats.live_entities() as u64).saturating_sub(warm_up(args.entities)),
         bytes: after.saturating_sub(before),
         shards: stats.shards.len() as u16,
         durability: stats.durability.as_str().to_owned(),
@@ -182,7 +185,7 @@ async fn reference(entities: u64) -> Result<Measured> {
         }
         anyhow::Ok(())
     };
-    let warm_up: Vec<_> = (0..WARM_UP).map(start).collect();
+    let warm_up: Vec<_> = (0..warm_up(entities)).map(start).collect();
     use_all(&warm_up).await?;
     let before = resident()?;
     let actors: Vec<_> = (0..entities).map(start).collect();

@@ -308,6 +308,10 @@ impl EntityState {
         loaded.created = true;
         loaded.version += u64::from(count);
         loaded.at_us = at_us;
+        if loaded.in_flight.capacity() == 0 {
+            // Most entities never have more than one, and a growing queue would start with room for four.
+            loaded.in_flight.reserve_exact(1);
+        }
         loaded.in_flight.push_back(InFlight { last_version: loaded.version, events: decoded });
         let (entity, version) = (self.identity.hash, Version(loaded.version));
         let on_settled = Box::new(move |result: Result<(), _>| {

@@ -254,7 +254,9 @@ pub enum ReplayError {
         detail: String,
     },
     /// The kind's code panicked.
-    #[error("the code of kind {kind} panicked on the events at version {version}; mend its `apply`, `Default` or `Deserialize`")]
+    #[error(
+        "the code of kind {kind} panicked on the events at version {version}; mend its `apply`, `Default` or `Deserialize`"
+    )]
     Panicked {
         /// The kind.
         kind: String,

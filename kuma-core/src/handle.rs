@@ -290,9 +290,7 @@ impl RawHandle {
             opener => opener?,
         };
         let Some(opener) = opener else { return Ok(Vec::new()) };
-        read_events(core, &opener, versions, events_max)
-            .await
-            .map_err(|cause| unreadable(cause).into())
+        read_events(core, &opener, versions, events_max).await.map_err(|cause| unreadable(cause).into())
     }
 
     /// Takes the entity out of memory after all it was asked is done; its next use replays it. Kuma does this by itself.

@@ -18,7 +18,7 @@ const SLOT_SEED: u64 = u64::from_be_bytes(*b"kumaslot");
 
 /// A checked kind and id.
 pub(crate) struct Identity {
-    pub(crate) id: String,
+    pub(crate) id: Box<str>,
     pub(crate) hash: EntityHash,
     pub(crate) slot: Slot,
 }
@@ -26,7 +26,7 @@ pub(crate) struct Identity {
 impl Identity {
     pub(crate) fn new(kind: &str, id: &[u8], secret: &IdSecret) -> Result<Self, Refused> {
         check_kind(kind)?;
-        let id = check_id(id)?.to_owned();
+        let id: Box<str> = check_id(id)?.into();
         let hash = EntityHash(secret.hash(kind, &id).0);
         Ok(Identity { slot: slot_of(kind, &id), id, hash })
     }

@@ -14,7 +14,7 @@
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use kuma_shard::{Activation, Budget, EntityHash, Submission};
-use ractor::{Actor, ActorCell, ActorId, ActorProcessingErr, ActorRef, SupervisionEvent};
+use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef, SupervisionEvent};
 use tokio::sync::oneshot;
 
 use crate::{
@@ -53,7 +53,8 @@ pub(crate) struct EntitySupervisor;
 
 pub(crate) struct SupervisorState {
     core: Arc<ShardCore>,
-    by_actor: HashMap<ActorId, EntityHash>,
+    /// By the number of the actor, which is local.
+    by_actor: HashMap<u64, EntityHash>,
     waiting: HashMap<EntityHash, Vec<Waiter>>,
     stopping: Option<oneshot::Sender<()>>,
     /// How many entries of the directory are not leaving.
@@ -162,16 +163,10 @@ impl SupervisorState {
         self.core.check_quarantine(entity)?;
         let view = Arc::new(View::default());
         view.usage.touch(&self.core.clock);
-        let state = EntityState {
-            core: self.core.clone(),
-            kind,
-            identity,
-            view: view.clone(),
-            loaded: None,
-        };
+        let state = EntityState { core: self.core.clone(), kind, identity, view: view.clone(), loaded: None };
         let spawned = Actor::spawn_linked(None, EntityActor, state, me).await;
         let (actor, _) = spawned.map_err(|_| Unavailable::Interrupted { entity })?;
-        self.by_actor.insert(actor.get_id(), entity);
+        self.by_actor.insert(actor.get_id().pid(), entity);
         let appends = Budget::new(self.core.settings.entity_appends_max);
         let live = Arc::new(Live { actor, view, appends });
         self.core.directory.lock().insert(entity, Entry::Live(live.clone()));
@@ -204,7 +199,7 @@ impl SupervisorState {
     }
 
     fn actor_ended(&mut self, actor: &ActorCell, failed: bool, me: ActorRef<SupervisorMessage>) {
-        let Some(entity) = self.by_actor.remove(&actor.get_id()) else { return };
+        let Some(entity) = self.by_actor.remove(&actor.get_id().pid()) else { return };
         if failed {
             self.core.record_failure(entity, "its actor failed".to_owned(), false);
         }

@@ -152,7 +152,10 @@ impl DataDir {
                 return Ok(DataDir { path: path.to_owned(), store: store.clone(), disk_id: *disk_id, lock });
             }
             None if has_data(path) => {
-                return Err(DataDirError::NoIdentity { path: store_path, state: "missing although there is data".to_owned() });
+                return Err(DataDirError::NoIdentity {
+                    path: store_path,
+                    state: "missing although there is data".to_owned(),
+                });
             }
             None => {}
         }
@@ -326,6 +329,16 @@ mod tests {
         let _first = open(dir.path()).unwrap();
         let error = open(dir.path()).unwrap_err().to_string();
         assert!(error.contains(&format!("(process {})", std::process::id())), "{error}");
+    }
+
+    /// A store that was shut down kept its directory until its last handle was dropped.
+    #[test]
+    fn a_released_directory_is_free_although_its_value_is_still_held() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = open(dir.path()).unwrap();
+        assert!(matches!(open(dir.path()), Err(DataDirError::InUse { .. })));
+        first.release();
+        open(dir.path()).unwrap();
     }
 
     #[test]

@@ -146,7 +146,10 @@ impl FileSpec {
         let mut connection =
             sqlite::connect_writer(&self.path, &self.options, false).await.map_err(|error| self.sqlite_error(error))?;
         let truncated = sqlite::checkpoint(&mut connection, CheckpointMode::Truncate).await;
-        truncated.map_err(|error| self.sqlite_error(error))?;
+        if truncated.map_err(|error| self.sqlite_error(error))?.busy {
+            let source = std::io::Error::other("another connection is in the way of the first checkpoint");
+            return Err(io_error(self.path.clone(), source));
+        }
         let watermark_path = WatermarkFile::path_for(&self.path);
         let watermark = WatermarkFile::open(&watermark_path).map_err(|source| io_error(watermark_path, source))?;
         Ok(Opened { connection, watermark })
