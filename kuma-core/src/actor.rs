@@ -25,7 +25,7 @@ use std::{
     time::SystemTime,
 };
 
-use kuma_crypto::{CommitPlace, IdHash, KeyId, seal_commit, seal_id};
+use kuma_crypto::{CommitPlace, IdHash, KeyId, seal_commit_parts, seal_id};
 use kuma_shard::{Activation, Commit, CopyId, EntityRow, Submission};
 use parking_lot::Mutex;
 use ractor::{Actor, ActorProcessingErr, ActorRef};
@@ -283,7 +283,7 @@ impl EntityState {
     ) -> Result<(), rmp_serde::encode::Error> {
         let Some(loaded) = self.loaded.as_deref_mut() else { return Ok(()) };
         let Some(opener) = &loaded.opener else { return Ok(()) };
-        let plaintext = events.body(metadata)?;
+        let head = events.head(metadata)?;
         let (first_version, count) = (loaded.version + 1, events.count);
         // Monotone per entity, also when the clock jumps back.
         let at_us = micros(SystemTime::now()).max(loaded.at_us);
@@ -303,7 +303,7 @@ impl EntityState {
             count,
             at_us,
             append_key: None,
-            body: seal_commit(&opener.key, &place, &plaintext),
+            body: seal_commit_parts(&opener.key, &place, &[&head, events.items()]),
         };
         loaded.created = true;
         loaded.version += u64::from(count);

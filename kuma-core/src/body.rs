@@ -116,18 +116,27 @@ const MAP_OF_ONE: u8 = 0x81;
 const NIL: u8 = 0xc0;
 
 impl EncodedEvents {
+    /// What stands before the events in a commit's plaintext.
+    pub(crate) fn head(&self, metadata: Option<&Metadata>) -> Result<Vec<u8>, rmp_serde::encode::Error> {
+        let mut head = Vec::with_capacity(16);
+        head.push(0x93);
+        match metadata {
+            Some(metadata) => rmp_serde::encode::write_named(&mut head, metadata)?,
+            None => head.push(NIL),
+        }
+        head.push(NIL);
+        rmp::encode::write_array_len(&mut head, self.count)?;
+        Ok(head)
+    }
+
+    /// The events in a commit's plaintext.
+    pub(crate) fn items(&self) -> &[u8] {
+        &self.items
+    }
+
     /// The whole plaintext of a commit.
     pub(crate) fn body(&self, metadata: Option<&Metadata>) -> Result<Vec<u8>, rmp_serde::encode::Error> {
-        let mut body = Vec::with_capacity(self.items.len() + 16);
-        body.push(0x93);
-        match metadata {
-            Some(metadata) => rmp_serde::encode::write_named(&mut body, metadata)?,
-            None => body.push(NIL),
-        }
-        body.push(NIL);
-        rmp::encode::write_array_len(&mut body, self.count)?;
-        body.extend_from_slice(&self.items);
-        Ok(body)
+        Ok([self.head(metadata)?.as_slice(), self.items()].concat())
     }
 }
 

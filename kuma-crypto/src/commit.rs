@@ -8,7 +8,9 @@
 use crate::aad::{Aad, Purpose};
 use crate::data_key::{DataKey, KeyId};
 use crate::id_hash::IdHash;
-use crate::random::{self, NONCE_BYTES};
+use crate::random;
+#[cfg(test)]
+use crate::random::NONCE_BYTES;
 use crate::sealed::{self, FORMAT, OpenError};
 
 /// What a sealed commit is bound to. Nothing of it is in the sealed bytes: the row carries it.
@@ -45,7 +47,12 @@ impl CommitPlace<'_> {
 /// The result is [`SEALED_OVERHEAD_BYTES`](crate::SEALED_OVERHEAD_BYTES) longer than `plaintext`. A plaintext of 256
 /// GiB or more, which no append is, would panic.
 pub fn seal_commit(key: &DataKey, place: &CommitPlace<'_>, plaintext: &[u8]) -> Vec<u8> {
-    seal_with_nonce(key, &random::nonce(), place, plaintext)
+    seal_commit_parts(key, place, &[plaintext])
+}
+
+/// [`seal_commit`] for a plaintext in parts, which need not be put together first.
+pub fn seal_commit_parts(key: &DataKey, place: &CommitPlace<'_>, parts: &[&[u8]]) -> Vec<u8> {
+    sealed::seal_parts_with_nonce(key.as_ref(), &random::nonce(), &[FORMAT], &place.aad(), parts)
 }
 
 /// Opens what [`seal_commit`] sealed for the same place under the same key.
@@ -56,6 +63,7 @@ pub fn open_commit(key: &DataKey, place: &CommitPlace<'_>, sealed: &[u8]) -> Res
     sealed::open(key.as_ref(), 1, &place.aad(), sealed)
 }
 
+#[cfg(test)]
 pub(crate) fn seal_with_nonce(
     key: &DataKey,
     nonce: &[u8; NONCE_BYTES],
@@ -86,6 +94,12 @@ mod tests {
 
     fn key() -> DataKey {
         Secret32::from_bytes(&[0x33; 32]).into()
+    }
+
+    #[test]
+    fn a_commit_sealed_in_parts_opens_as_one() {
+        let sealed = seal_commit_parts(&key(), &PLACE, &[b"ev", b"", b"ents"]);
+        assert_eq!(open_commit(&key(), &PLACE, &sealed).unwrap(), b"events");
     }
 
     #[test]

@@ -47,7 +47,7 @@ mod short_hex;
 mod snapshot;
 mod text;
 
-pub use commit::{CommitPlace, open_commit, seal_commit};
+pub use commit::{CommitPlace, open_commit, seal_commit, seal_commit_parts};
 pub use data_key::{DataKey, KeyId};
 pub use id_hash::{IdHash, IdSecret};
 pub use master_key::{

@@ -52,11 +52,23 @@ pub(crate) fn seal_with_nonce(
     aad: &[u8],
     plaintext: &[u8],
 ) -> Vec<u8> {
-    let mut sealed = Vec::with_capacity(header.len() + NONCE_BYTES + plaintext.len() + TAG_BYTES);
+    seal_parts_with_nonce(key, nonce, header, aad, &[plaintext])
+}
+
+/// [`seal_with_nonce`] for a plaintext in parts, which need not be put together first.
+pub(crate) fn seal_parts_with_nonce(
+    key: &Secret32,
+    nonce: &[u8; NONCE_BYTES],
+    header: &[u8],
+    aad: &[u8],
+    parts: &[&[u8]],
+) -> Vec<u8> {
+    let plaintext_bytes: usize = parts.iter().map(|part| part.len()).sum();
+    let mut sealed = Vec::with_capacity(header.len() + NONCE_BYTES + plaintext_bytes + TAG_BYTES);
     sealed.extend_from_slice(header);
     sealed.extend_from_slice(nonce);
     let body = sealed.len();
-    sealed.extend_from_slice(plaintext);
+    parts.iter().for_each(|part| sealed.extend_from_slice(part));
     let Ok(tag) = cipher(key).encrypt_inout_detached(&XNonce::from(*nonce), aad, (&mut sealed[body..]).into()) else {
         // The cipher's only refusal is a message of 256 GiB; an append has at most 4 MiB. Returning anything would be
         // worse.
