@@ -1,5 +1,5 @@
-//! Errors, by what a caller can do about them: refused (asking again is pointless), unknown (ask again with the same idempotency
-//! key, or look), unavailable (nothing was written; ask again later).
+//! Errors, by what a caller can do about them: refused (asking again is pointless), unknown (look before asking again), unavailable
+//! (nothing was written; ask again later).
 
 use std::time::Duration;
 

@@ -82,7 +82,7 @@ impl Usage {
 }
 
 /// Measured with `kuma-bench memory`: ractor's mailboxes are most of it.
-pub(crate) const ENTITY_BYTES: usize = 11 << 10;
+pub(crate) const ENTITY_BYTES: usize = 12 << 10;
 
 /// Milliseconds since the store was opened.
 #[derive(Debug)]

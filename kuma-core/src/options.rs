@@ -104,8 +104,8 @@ impl Options {
         self
     }
 
-    /// About how many bytes live entities may take, counting 11 KiB for each plus its state; beyond it the least recently used
-    /// ones leave memory. Default: 1 GiB, some 95,000 small entities.
+    /// About how many bytes live entities may take, counting 12 KiB for each plus its state; beyond it the least recently used
+    /// ones leave memory. Default: 1 GiB, some 87,000 small entities.
     pub fn memory_budget(mut self, bytes: usize) -> Self {
         self.memory_budget = bytes;
         self

@@ -1,8 +1,7 @@
-//! Verification of a shard: every row against its checksum, every slot against its digest, every index against its table.
+//! Verification of a shard: every row against its checksum, all rows against their digest, every index against its table.
 //!
 //! Invariants:
-//! - It runs beside appends: rows up to the position at its start do not change, and slots that were written to meanwhile are
-//!   compared as of that position.
+//! - It runs beside appends: what is compared is the log up to the position, and the digest, at its start.
 //! - It never holds an old state open for longer than one page of rows; SQLite's own check of the structure is the exception.
 
 use std::collections::BTreeMap;

@@ -103,7 +103,13 @@ impl WatermarkFile {
         if file.metadata()?.len() < 2 * RECORD_BYTES as u64 {
             file.set_len(2 * RECORD_BYTES as u64)?;
         }
-        Ok(WatermarkFile { file, turn: 0 })
+        let mut records = [0; 2 * RECORD_BYTES];
+        file.read_exact_at(&mut records, 0)?;
+        let commits = |record: &[u8]| Mark::decode(record).map(|mark| mark.commits);
+        let (first, second) = records.split_at(RECORD_BYTES);
+        // The older one, or the one that is not whole, is written next.
+        let turn = u64::from(commits(first) > commits(second));
+        Ok(WatermarkFile { file, turn })
     }
 
     /// Writes `mark` over the older record and syncs it.
@@ -140,6 +146,23 @@ mod tests {
         bytes[70] ^= 1;
         std::fs::write(&path, &bytes).unwrap();
         assert_eq!(WatermarkFile::read(&path).unwrap(), Found::Damaged);
+    }
+
+    /// A torn write after a restart must not cost the newest record either.
+    #[test]
+    fn a_reopened_watermark_is_written_over_its_older_record() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("shard-000.watermark");
+        for commits in 1..=6 {
+            let before = WatermarkFile::read(&path).unwrap();
+            WatermarkFile::open(&path).unwrap().write(&mark(commits)).unwrap();
+            let bytes = std::fs::read(&path).unwrap();
+            let records: Vec<_> = bytes.chunks(RECORD_BYTES).filter_map(Mark::decode).collect();
+            assert!(records.contains(&mark(commits)));
+            if let Found::Newest(before) = before {
+                assert!(records.contains(&before), "commit {} was written over", before.commits);
+            }
+        }
     }
 
     #[test]

@@ -88,7 +88,7 @@ pub(crate) struct WriterStats {
     pub(crate) suspect: AtomicBool,
 }
 
-/// A reading of [`WriterStats`].
+/// What a writer counted, since its file was opened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StatsView {
     /// Group commits.
