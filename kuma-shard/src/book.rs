@@ -18,6 +18,8 @@ pub(crate) struct Progress {
     pub(crate) next_position: u64,
     /// Slot lengths and digests in the file are those of the rows up to here.
     pub(crate) mark_position: u64,
+    /// Log rows up to here are in the log's index.
+    pub(crate) indexed_position: u64,
     /// Of all rows.
     pub(crate) digest: Digest,
 }

@@ -138,7 +138,7 @@ impl Book for KeyBook {
     fn request_marks(&mut self) {}
 
     fn progress(&self) -> Progress {
-        Progress { next_position: 1, mark_position: 0, digest: self.staged.unwrap_or(self.digest) }
+        Progress { next_position: 1, mark_position: 0, indexed_position: 0, digest: self.staged.unwrap_or(self.digest) }
     }
 
     fn keep(&mut self) {

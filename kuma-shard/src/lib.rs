@@ -25,6 +25,7 @@ mod shard;
 mod slots;
 mod sqlite;
 mod statements;
+mod tail;
 mod verify;
 mod watermark;
 mod writer;

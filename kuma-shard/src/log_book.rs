@@ -3,11 +3,12 @@
 //! Invariants:
 //! - One row is one commit. Rows are only ever added.
 //! - `position` and `seq` are assigned here, in the order of the group, and only kept if the group is.
-//! - A commit is written only under an owned slot, under an activation that is not void, and as the version that follows.
+//! - A commit is written only under an owned slot, under an activation that is not void, and as the version that follows both what
+//!   that activation wrote and what the log holds: a second activation of an entity is refused here, whatever let it come about.
 //! - One commit that cannot be written fails alone, with the later ones of its activation.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashMap},
     sync::Arc,
 };
 
@@ -21,6 +22,7 @@ use crate::{
     slots::{self, Ownership, SlotImage},
     sqlite::{self, Trouble},
     statements::{self, Transaction},
+    tail::{SharedTail, TAIL_ROWS_MAX, TailRow},
 };
 
 /// The events of one append, sealed.
@@ -88,7 +90,11 @@ struct Staged {
     slots: BTreeMap<usize, SlotImage>,
     next_position: u64,
     digest: Digest,
+    rows: Vec<TailRow>,
+    /// The newest version of each entity written to.
+    heads: BTreeMap<i64, u64>,
     marks: bool,
+    indexed: bool,
 }
 
 pub(crate) struct LogBook {
@@ -99,10 +105,17 @@ pub(crate) struct LogBook {
     dirty: BTreeSet<usize>,
     next_position: u64,
     mark_position: u64,
+    indexed_position: u64,
     digest: Digest,
+    tail: SharedTail,
+    /// The newest version of entities that were written to: the fence against a second writer of one entity. Only a cache.
+    heads: HashMap<i64, u64>,
     marks_due: bool,
     staged: Option<Staged>,
 }
+
+/// Heads that are kept; when there are more, they are looked up anew.
+const HEADS_MAX: usize = 1 << 20;
 
 impl LogBook {
     /// The book of a shard whose slots are as of `progress`, except for those in `dirty`, which were folded in.
@@ -112,14 +125,66 @@ impl LogBook {
         slots: Vec<SlotImage>,
         dirty: BTreeSet<usize>,
         progress: Progress,
+        tail: SharedTail,
     ) -> Self {
-        let Progress { next_position, mark_position, digest } = progress;
-        LogBook { file, shards, slots, dirty, next_position, mark_position, digest, marks_due: false, staged: None }
+        let Progress { next_position, mark_position, indexed_position, digest } = progress;
+        LogBook {
+            file,
+            shards,
+            slots,
+            dirty,
+            next_position,
+            mark_position,
+            indexed_position,
+            digest,
+            tail,
+            heads: HashMap::new(),
+            marks_due: false,
+            staged: None,
+        }
     }
 
     fn stage(&mut self) -> &mut Staged {
         let (next_position, digest) = (self.next_position, self.digest);
-        self.staged.insert(Staged { slots: BTreeMap::new(), next_position, digest, marks: false })
+        self.staged.insert(Staged {
+            slots: BTreeMap::new(),
+            next_position,
+            digest,
+            rows: Vec::new(),
+            heads: BTreeMap::new(),
+            marks: false,
+            indexed: false,
+        })
+    }
+
+    /// The rows that are not in the index yet, shared with the readers.
+    pub(crate) fn tail(&self) -> SharedTail {
+        self.tail.clone()
+    }
+
+    /// Entities in `group` that have commits in the log, and whose heads are not known.
+    fn unknown_heads(&self, group: &[LogEntry]) -> BTreeSet<i64> {
+        let commits = group.iter().filter_map(|entry| entry.submission.commit.as_ref());
+        let stored = commits.filter(|commit| !commit.create).map(|commit| commit.entity.eid);
+        stored.filter(|eid| !self.heads.contains_key(eid)).collect()
+    }
+
+    async fn learn_heads(&mut self, connection: &mut SqliteConnection, entities: BTreeSet<i64>) -> sqlx::Result<()> {
+        for eid in entities {
+            let newest = self.tail.read().at_or_below(eid, u64::MAX);
+            let head = match newest {
+                Some(row) => statements::head_at(connection, row.position).await?,
+                None => statements::indexed_head(connection, eid).await?,
+            };
+            self.heads.insert(eid, head);
+        }
+        Ok(())
+    }
+
+    /// The newest version of an entity, staged commits included.
+    fn head(&self, eid: i64) -> u64 {
+        let staged = self.staged.as_ref().and_then(|staged| staged.heads.get(&eid));
+        staged.or_else(|| self.heads.get(&eid)).copied().unwrap_or(0)
     }
 
     fn image(&self, slot: Slot) -> Option<(usize, SlotImage)> {
@@ -139,8 +204,9 @@ impl LogBook {
         if self.image(slot).is_none_or(|(_, image)| image.ownership != Ownership::Owned) {
             return Err(NotWritten::NotOwner { slot });
         }
-        let expected = activation.written() + 1;
-        if commit.first_version != expected || commit.count == 0 {
+        let expected = self.head(commit.entity.eid) + 1;
+        let follows = commit.first_version == expected && commit.first_version == activation.written() + 1;
+        if !follows || commit.count == 0 {
             let detail = format!("version {} where {expected} is next", commit.first_version);
             return Err(NotWritten::Conflict { file: self.file.to_string(), detail });
         }
@@ -168,6 +234,8 @@ impl LogBook {
         place.checksum = hash.checksum();
         staged.next_position += 1;
         staged.digest.add(&hash);
+        staged.rows.push(TailRow { eid: commit.entity.eid, version: commit.first_version, position: place.position });
+        staged.heads.insert(commit.entity.eid, commit.last_version());
         image.next_seq += 1;
         image.len += 1;
         image.digest.add(&hash);
@@ -204,6 +272,8 @@ impl LogBook {
         commits: u64,
         committing: &mut bool,
     ) -> sqlx::Result<()> {
+        let unknown = self.unknown_heads(group);
+        self.learn_heads(connection, unknown).await?;
         let places = self.stage_all(group);
         let written = group.iter().filter(|entry| entry.refusal.is_none());
         let rows: Vec<(&Commit, Place)> =
@@ -212,11 +282,12 @@ impl LogBook {
             rows.iter().filter(|(commit, _)| commit.create).map(|(commit, _)| &*commit.entity).collect();
         let mut transaction = Transaction::New;
         let mut last = rows.as_slice();
-        if !created.is_empty() || self.marks_due || !statements::is_one_script(rows.len()) {
+        if !created.is_empty() || self.index_due() || !statements::is_one_script(rows.len()) {
             statements::execute(connection, "BEGIN IMMEDIATE").await?;
             transaction = Transaction::Open;
             statements::insert_entities(connection, &created).await?;
             last = statements::insert_all_but_last(connection, last).await?;
+            self.write_index(connection).await?;
             self.write_marks(connection).await?;
         }
         let stored = Stored { commits, progress: self.progress() };
@@ -257,10 +328,27 @@ impl LogBook {
                 Err(error) => return Err(error),
             }
         }
+        self.write_index(connection).await?;
         self.write_marks(connection).await?;
         let stored = Stored { commits, progress: self.progress() };
         *committing = true;
         statements::commit(connection, &stored).await
+    }
+
+    /// Marks bring the index up to date as well, so that opening never has more to read than what is behind the mark.
+    fn index_due(&self) -> bool {
+        let staged = self.staged.as_ref().map_or(0, |staged| staged.rows.len());
+        self.marks_due || self.tail.read().len() + staged >= TAIL_ROWS_MAX
+    }
+
+    async fn write_index(&mut self, connection: &mut SqliteConnection) -> sqlx::Result<()> {
+        if !self.index_due() {
+            return Ok(());
+        }
+        let Some(staged) = &mut self.staged else { return Ok(()) };
+        let rows = self.tail.read().sorted_with(&staged.rows);
+        staged.indexed = true;
+        statements::insert_index(connection, &rows).await
     }
 
     async fn write_marks(&mut self, connection: &mut SqliteConnection) -> sqlx::Result<()> {
@@ -313,12 +401,16 @@ impl Book for LogBook {
 
     fn progress(&self) -> Progress {
         match &self.staged {
-            None => {
-                Progress { next_position: self.next_position, mark_position: self.mark_position, digest: self.digest }
-            }
+            None => Progress {
+                next_position: self.next_position,
+                mark_position: self.mark_position,
+                indexed_position: self.indexed_position,
+                digest: self.digest,
+            },
             Some(staged) => Progress {
                 next_position: staged.next_position,
                 mark_position: if staged.marks { staged.next_position - 1 } else { self.mark_position },
+                indexed_position: if staged.indexed { staged.next_position - 1 } else { self.indexed_position },
                 digest: staged.digest,
             },
         }
@@ -329,7 +421,17 @@ impl Book for LogBook {
         let Some(staged) = self.staged.take() else { return };
         self.next_position = progress.next_position;
         self.mark_position = progress.mark_position;
+        self.indexed_position = progress.indexed_position;
         self.digest = progress.digest;
+        if staged.indexed {
+            self.tail.write().clear();
+        } else {
+            self.tail.write().extend(staged.rows);
+        }
+        if self.heads.len() > HEADS_MAX {
+            self.heads.clear();
+        }
+        self.heads.extend(staged.heads);
         self.dirty.extend(staged.slots.keys());
         for (index, image) in staged.slots {
             if let Some(slot) = self.slots.get_mut(index) {

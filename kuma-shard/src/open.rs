@@ -81,7 +81,7 @@ impl FileSpec {
     ) -> Result<(), OpenError> {
         let mut connection =
             sqlite::connect_writer(&self.path, &self.options, true).await.map_err(|error| self.sqlite_error(error))?;
-        let first = Progress { next_position: 1, mark_position: 0, digest: Digest::default() };
+        let first = Progress { next_position: 1, mark_position: 0, indexed_position: 0, digest: Digest::default() };
         let made = async {
             sqlx::query("BEGIN IMMEDIATE").execute(&mut connection).await?;
             schema::create(&mut connection, self.role, self.disk_id).await?;

@@ -48,6 +48,7 @@ CREATE TABLE progress(
     commits INTEGER NOT NULL,
     next_position INTEGER NOT NULL,
     mark_position INTEGER NOT NULL,
+    indexed_position INTEGER NOT NULL,
     digest BLOB NOT NULL,
     checksum INTEGER NOT NULL
 ) STRICT;
@@ -80,8 +81,13 @@ CREATE TABLE log(
     checksum INTEGER NOT NULL,
     body BLOB NOT NULL
 ) STRICT;
-CREATE UNIQUE INDEX log_by_entity ON log(eid, version);
 CREATE UNIQUE INDEX log_by_append_key ON log(eid, append_key) WHERE append_key IS NOT NULL;
+CREATE TABLE log_index(
+    eid INTEGER NOT NULL,
+    version INTEGER NOT NULL,
+    position INTEGER NOT NULL,
+    PRIMARY KEY (eid, version)
+) STRICT, WITHOUT ROWID;
 CREATE TABLE snapshot(
     eid INTEGER PRIMARY KEY,
     version INTEGER NOT NULL,

@@ -24,6 +24,7 @@ use crate::{
     schema::Role,
     slots::{self, SlotImage},
     sqlite::{self, Trouble},
+    tail::{SharedTail, TailRow},
     writer::{Writer, WriterArguments, WriterMessage},
 };
 
@@ -97,6 +98,7 @@ struct Inner {
     file: Arc<str>,
     writer: ActorRef<WriterMessage<LogBook>>,
     readers: SqlitePool,
+    tail: SharedTail,
     stats: Arc<WriterStats>,
     budget: Arc<Budget>,
     next_eid: AtomicI64,
@@ -125,6 +127,7 @@ impl Shard {
         let witnessed = inspected.witnessed;
         inspected.close().await;
         let (book, next_eid) = loaded?;
+        let tail = book.tail();
         if witnessed.is_some_and(|digest| digest != book.progress().digest) {
             return Err(spec.damaged("the digest of its rows is not the one in its watermark"));
         }
@@ -149,6 +152,7 @@ impl Shard {
             file,
             writer,
             readers: sqlite::reader_pool(&spec.path, &options.file, READERS),
+            tail,
             stats,
             budget: Budget::new(options.queue_bytes_max),
             next_eid: AtomicI64::new(next_eid),
@@ -212,13 +216,43 @@ impl Shard {
     /// The file cannot be read, or a row is damaged.
     pub async fn read_log(&self, entity: &EntityRow, after: u64, rows_max: u32) -> Result<Vec<LogRow>, ReadError> {
         self.check_readable()?;
-        let rows = sqlx::query("SELECT * FROM log WHERE eid = ? AND version > ? ORDER BY version LIMIT ?")
-            .bind(entity.eid)
-            .bind(after.cast_signed())
-            .bind(rows_max)
-            .fetch_all(&self.inner.readers)
-            .await
-            .map_err(|error| self.read_error(error))?;
+        // The tail first: what moves from it to the index meanwhile is found there.
+        let tail = self.inner.tail.read().after(entity.eid, after);
+        let rows = sqlx::query(
+            "SELECT log.* FROM log_index CROSS JOIN log ON log.position = log_index.position
+             WHERE log_index.eid = ? AND log_index.version > ? ORDER BY log_index.version LIMIT ?",
+        )
+        .bind(entity.eid)
+        .bind(after.cast_signed())
+        .bind(rows_max)
+        .fetch_all(&self.inner.readers)
+        .await
+        .map_err(|error| self.read_error(error))?;
+        let mut rows = rows.iter().map(|row| self.log_row(row, entity)).collect::<Result<Vec<LogRow>, _>>()?;
+        let last = rows.last().map_or(after, |row| row.version);
+        let room = (rows_max as usize).saturating_sub(rows.len());
+        let behind: Vec<u64> =
+            tail.iter().filter(|row| row.version > last).take(room).map(|row| row.position).collect();
+        if let Some(first) = behind.first() {
+            let found = self.read_positions(entity, &behind).await?;
+            if found.len() != behind.len() {
+                return Err(self.bad_row(*first, "it or a later one that was committed is not there"));
+            }
+            rows.extend(found);
+        }
+        Ok(rows)
+    }
+
+    /// The rows at `positions`, which are those of `entity`, in the order of versions.
+    async fn read_positions(&self, entity: &EntityRow, positions: &[u64]) -> Result<Vec<LogRow>, ReadError> {
+        let list: Vec<String> = positions.iter().map(u64::to_string).collect();
+        let rows = sqlx::query(
+            "SELECT log.* FROM json_each(?) AS wanted CROSS JOIN log ON log.position = wanted.value ORDER BY log.version",
+        )
+        .bind(format!("[{}]", list.join(",")))
+        .fetch_all(&self.inner.readers)
+        .await
+        .map_err(|error| self.read_error(error))?;
         rows.iter().map(|row| self.log_row(row, entity)).collect()
     }
 
@@ -228,7 +262,10 @@ impl Shard {
     /// The file cannot be read.
     pub async fn commit_before(&self, entity: &EntityRow, version: u64) -> Result<u64, ReadError> {
         self.check_readable()?;
-        let row = sqlx::query("SELECT coalesce(max(version), 0) FROM log WHERE eid = ? AND version <= ?")
+        if let Some(row) = self.inner.tail.read().at_or_below(entity.eid, version) {
+            return Ok(row.version);
+        }
+        let row = sqlx::query("SELECT coalesce(max(version), 0) FROM log_index WHERE eid = ? AND version <= ?")
             .bind(entity.eid)
             .bind(i64::try_from(version).unwrap_or(i64::MAX))
             .fetch_one(&self.inner.readers)
@@ -341,7 +378,8 @@ async fn load(
     let loaded =
         slots::load(connection, options.number, options.shards).await.map_err(|error| spec.read_failed(error))?;
     let mut images = loaded.map_err(|detail| spec.damaged(detail))?;
-    let dirty = fold_tail(spec, connection, progress, &mut images, options.shards).await?;
+    let tail = SharedTail::default();
+    let dirty = fold_tail(spec, connection, progress, &mut images, options.shards, &tail).await?;
     let mut digest = crate::Digest::default();
     images.iter().for_each(|image| digest.add_digest(&image.digest));
     if digest != progress.digest {
@@ -349,7 +387,7 @@ async fn load(
     }
     let row = sqlx::query("SELECT coalesce(max(eid), 0) FROM entity").fetch_one(connection).await;
     let newest: i64 = row.and_then(|row| row.try_get(0)).map_err(|error| spec.read_failed(error))?;
-    Ok((LogBook::new(file.clone(), options.shards, images, dirty, *progress), newest + 1))
+    Ok((LogBook::new(file.clone(), options.shards, images, dirty, *progress, tail), newest + 1))
 }
 
 async fn fold_tail(
@@ -358,17 +396,19 @@ async fn fold_tail(
     progress: &Progress,
     images: &mut [SlotImage],
     shards: u16,
+    tail: &SharedTail,
 ) -> Result<BTreeSet<usize>, OpenError> {
     let mut dirty = BTreeSet::new();
     let mut next = progress.mark_position + 1;
     let mut rows = sqlx::query(
-        "SELECT log.position, log.slot, log.seq, log.version, log.count, log.at, log.epoch, log.append_key, log.body, log.checksum,
+        "SELECT log.position, log.slot, log.seq, log.eid, log.version, log.count, log.at, log.epoch, log.append_key, log.body, log.checksum,
                 entity.id_hash, entity.key_id
          FROM log LEFT JOIN entity USING (eid) WHERE position > ? ORDER BY position",
     )
     .bind(progress.mark_position.cast_signed())
     .fetch(connection);
     while let Some(row) = rows.try_next().await.map_err(|error| spec.read_failed(error))? {
+        let eid: i64 = row.try_get("eid").map_err(|error| spec.read_failed(error))?;
         let (row, hash, checksum) = parse_tail(&row).map_err(|error| spec.read_failed(error))?;
         let index = slots::index(row.slot, shards);
         let image = images.get_mut(index).filter(|image| image.slot == row.slot && image.next_seq == row.seq);
@@ -379,6 +419,9 @@ async fn fold_tail(
         image.len += 1;
         image.digest.add(&hash);
         dirty.insert(index);
+        if row.position > progress.indexed_position {
+            tail.write().extend([TailRow { eid, version: row.version, position: row.position }]);
+        }
         next += 1;
     }
     if next != progress.next_position {

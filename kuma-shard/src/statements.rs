@@ -6,12 +6,13 @@
 
 use std::sync::LazyLock;
 
-use sqlx::{Sqlite, SqliteConnection, query::Query, sqlite::SqliteArguments};
+use sqlx::{Row, Sqlite, SqliteConnection, query::Query, sqlite::SqliteArguments};
 
 use crate::{
     EntityRow,
     log_book::{Commit, Place},
     progress::{self, Stored},
+    tail::TailRow,
 };
 
 /// A query with some of its parameters bound.
@@ -20,6 +21,7 @@ pub(crate) type Bound = Query<'static, Sqlite, SqliteArguments>;
 /// Rows in the largest insert.
 const ROWS_MAX: usize = 128;
 const ENTITY_ROWS: [usize; 3] = [32, 8, 1];
+const INDEX_ROWS: [usize; 3] = [256, 32, 1];
 
 const LOG_COLUMNS: usize = 11;
 const LOG_HEAD: &str =
@@ -61,6 +63,10 @@ fn values(columns: usize, rows: usize) -> String {
 fn leak(statement: String) -> &'static str {
     statement.leak()
 }
+
+static INDEX: LazyLock<[&str; 3]> = LazyLock::new(|| {
+    INDEX_ROWS.map(|rows| leak(format!("INSERT INTO log_index(eid, version, position) {}", values(3, rows))))
+});
 
 /// Runs a statement that has no parameters.
 pub(crate) async fn execute(connection: &mut SqliteConnection, statement: &'static str) -> sqlx::Result<()> {
@@ -127,6 +133,39 @@ pub(crate) async fn insert_entities(
         }
     }
     Ok(())
+}
+
+/// Adds rows of the log to its index.
+pub(crate) async fn insert_index(connection: &mut SqliteConnection, mut rows: &[TailRow]) -> sqlx::Result<()> {
+    for (size, statement) in INDEX_ROWS.into_iter().zip(*INDEX) {
+        while rows.len() >= size {
+            let (now, later) = rows.split_at(size);
+            let bind = |query: Bound, row: &TailRow| {
+                query.bind(row.eid).bind(row.version.cast_signed()).bind(row.position.cast_signed())
+            };
+            now.iter().fold(sqlx::query(statement), bind).execute(&mut *connection).await?;
+            rows = later;
+        }
+    }
+    Ok(())
+}
+
+/// The last version of the commit at `position`.
+pub(crate) async fn head_at(connection: &mut SqliteConnection, position: u64) -> sqlx::Result<u64> {
+    let row = sqlx::query("SELECT version + count - 1 FROM log WHERE position = ?").bind(position.cast_signed());
+    row.fetch_one(connection).await?.try_get::<i64, _>(0).map(i64::cast_unsigned)
+}
+
+/// The newest version of an entity as far as the index knows; 0 if it knows none.
+pub(crate) async fn indexed_head(connection: &mut SqliteConnection, eid: i64) -> sqlx::Result<u64> {
+    let row = sqlx::query(
+        "SELECT log.version + log.count - 1 FROM log_index CROSS JOIN log ON log.position = log_index.position
+         WHERE log_index.eid = ? ORDER BY log_index.version DESC LIMIT 1",
+    )
+    .bind(eid)
+    .fetch_optional(connection)
+    .await?;
+    row.map_or(Ok(0), |row| row.try_get::<i64, _>(0).map(i64::cast_unsigned))
 }
 
 fn bind_entity(query: Bound, entity: &EntityRow) -> Bound {

@@ -9,7 +9,10 @@ use std::collections::BTreeMap;
 use sqlx::{Row, SqlitePool};
 use tokio::sync::oneshot;
 
-use crate::{Digest, EntityHash, EntityRow, LogRow, ReadError, Shard, progress::Stored, shard, writer::WriterMessage};
+use crate::{
+    Digest, EntityHash, EntityRow, LogRow, ReadError, Shard, progress::Stored, shard, statements::Bound,
+    writer::WriterMessage,
+};
 
 const PAGE_ROWS: u32 = 64;
 
@@ -61,6 +64,8 @@ impl Shard {
         let mut digest = Digest::default();
         let mut versions = BTreeMap::new();
         let mut after = 0;
+        let indexed = expected.map_or(0, |stored| stored.progress.indexed_position);
+        let (mut indexed_rows, mut found_by_index) = (0, 0);
         loop {
             let rows = sqlx::query(
                 "SELECT * FROM log NOT INDEXED WHERE position > ? AND position < ? ORDER BY position LIMIT ?",
@@ -78,6 +83,7 @@ impl Shard {
                 other => other?,
             };
             let Some(last) = rows.last() else { break };
+            let before = after;
             after = last.try_get::<i64, _>("position").map_err(|error| self.read_error(error))?.cast_unsigned();
             for row in &rows {
                 let Some(entity) = row.try_get::<i64, _>("eid").ok().and_then(|eid| entities.get(&eid)) else {
@@ -107,11 +113,38 @@ impl Shard {
                     report.bad_entities.push((Some(entity.id_hash), detail));
                 }
             }
+            let positions = rows.iter().filter_map(|row| row.try_get::<i64, _>("position").ok());
+            indexed_rows += positions.filter(|position| position.cast_unsigned() <= indexed).count() as u64;
+            found_by_index += self.count_indexed(before, after.min(indexed)).await?;
+        }
+        if indexed_rows != found_by_index || self.index_rows(indexed).await? != indexed_rows {
+            report.damage.push("the index of the log is not that of its rows".to_owned());
         }
         if expected.is_some_and(|stored| stored.progress.digest != digest) {
             report.damage.push("the digest of all rows is not the one that was committed".to_owned());
         }
         Ok(report)
+    }
+
+    /// How many rows of the log behind `after`, up to `last`, their index leads to.
+    async fn count_indexed(&self, after: u64, last: u64) -> Result<u64, ReadError> {
+        let count = sqlx::query(
+            "SELECT count(*) FROM log CROSS JOIN log_index ON log_index.eid = log.eid AND log_index.version = log.version
+             WHERE log_index.position = log.position AND log.position > ? AND log.position <= ?",
+        )
+        .bind(after.cast_signed())
+        .bind(last.cast_signed());
+        self.count(count).await
+    }
+
+    /// How many rows the index has for positions up to `last`.
+    async fn index_rows(&self, last: u64) -> Result<u64, ReadError> {
+        self.count(sqlx::query("SELECT count(*) FROM log_index WHERE position <= ?").bind(last.cast_signed())).await
+    }
+
+    async fn count(&self, query: Bound) -> Result<u64, ReadError> {
+        let row = query.fetch_one(self.readers()).await;
+        row.and_then(|row| row.try_get::<i64, _>(0)).map(i64::cast_unsigned).map_err(|error| self.read_error(error))
     }
 
     async fn audit(&self) -> Option<Stored> {
