@@ -45,7 +45,7 @@ pub trait Entity: Default + Clone + Serialize + DeserializeOwned + Send + Sync +
     /// disk. A panic refuses the append; what cannot be replayed is never stored.
     fn apply(&mut self, event: &Self::Event);
 
-    /// About how many bytes the state takes in memory. Counts against [`Options::memory_budget`](crate::Options::memory_budget).
+    /// About how many bytes the state takes in memory. The default does not count what the state points to (strings, vectors, maps). Counts against [`Options::memory_budget`](crate::Options::memory_budget).
     fn memory_bytes(&self) -> usize {
         size_of::<Self>()
     }

@@ -306,7 +306,7 @@ pub enum VaultError {
     MasterKey(#[from] MasterKeyError),
 }
 
-/// Why a store could not be started. Nothing was changed.
+/// Why a store could not be started. No stored row was changed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum StartError {

@@ -1,7 +1,7 @@
 //! Handles: how a service speaks to an entity.
 //!
 //! The typed handle is a thin layer on the raw one; both go the same way. A handle keeps the actor it found last; an actor that
-//! left hands a message back, and the handle finds the next one. Nothing is ever sent twice.
+//! left hands a message back, and the handle finds the next one. No append is ever sent twice.
 
 use std::{
     future::{Future, IntoFuture},
@@ -174,7 +174,7 @@ impl<E: Entity> Handle<E> {
     /// Appends one event. Await it: it returns the new version once the event is durable.
     ///
     /// Neighbours share one disk sync without lingering: a group is what gathered while the previous one was being synced. Durable
-    /// means that COMMIT returned under `synchronous = FULL`. Source: <https://sqlite.org/wal.html>, "Performance Considerations".
+    /// means that COMMIT returned under `synchronous = FULL` (unless [`Durability::Normal`](crate::Durability) was asked for). Source: <https://sqlite.org/wal.html>, "Performance Considerations".
     ///
     /// # Errors
     /// [`AppendError::Refused`] and [`AppendError::Unavailable`]: nothing was written. [`AppendError::Unknown`]: look.

@@ -2,7 +2,7 @@
 //!
 //! Invariants:
 //! - The slot is a pure function of kind and id, the same on every node, in every version, for ever (pinned by a test).
-//! - The id itself goes no further than memory: everything else knows the entity by its hash.
+//! - The id leaves memory only sealed: everything else knows the entity by its hash.
 
 use kuma_crypto::IdSecret;
 use kuma_shard::{EntityHash, Slot};

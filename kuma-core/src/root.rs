@@ -13,6 +13,7 @@
 
 use std::{collections::HashMap, sync::Arc};
 
+use kuma_shard::Activation;
 use ractor::{Actor, ActorCell, ActorId, ActorProcessingErr, ActorRef, SpawnErr, SupervisionEvent};
 use tokio::sync::oneshot;
 
@@ -74,6 +75,8 @@ impl Actor for Root {
         match state.supervisors.remove(&child.get_id()) {
             Some(core) => {
                 tracing::error!(shard = core.shard.number(), "an entity supervisor ended; it is started again");
+                // Whoever is activated next must find all that its predecessor had submitted.
+                core.settled(&Arc::new(Activation::at(0))).await;
                 core.forget_all();
                 if let Err(error) = state.supervise(core.clone(), me.get_cell()).await {
                     tracing::error!(shard = core.shard.number(), %error, "it could not be started; the shard is unavailable");

@@ -101,7 +101,7 @@ impl Kuma {
     /// answer [`Unavailable::ShardOutOfUse`]. If no shard is fit, the start fails.
     ///
     /// # Errors
-    /// See [`StartError`]. An existing store is left as it was.
+    /// See [`StartError`]. No row of an existing store is changed.
     pub async fn start(options: Options) -> Result<Kuma, StartError> {
         options.check()?;
         let mut data_dir =

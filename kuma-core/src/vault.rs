@@ -2,7 +2,7 @@
 //!
 //! Invariants:
 //! - A new key is durable in `keys.db` before anything is sealed with it.
-//! - A key leaves this module only for the actor whose entity it belongs to.
+//! - A key leaves this module only to seal or open its own entity's rows.
 
 use std::{sync::Arc, time::SystemTime};
 

@@ -54,8 +54,8 @@ impl Verification {
 }
 
 impl Kuma {
-    /// Reads everything and checks it: each row against its checksum and its seal, each slot against its digest, each index against
-    /// its table, each key. Runs beside appends. `progress` is called with the number of commits checked so far.
+    /// Reads everything and checks it: each row against its checksum and its seal, all rows of a shard against its committed digest,
+    /// each index against its table, and that the key of each entity with commits unwraps. Runs beside appends. `progress` is called with the number of commits checked so far.
     ///
     /// # Errors
     /// `keys.db` cannot be read at all. Damage stands in the report.

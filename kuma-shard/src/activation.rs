@@ -6,7 +6,8 @@
 //!
 //! Invariants:
 //! - `committed` only grows, and is raised before the caller hears of it: whoever was told of version `n` finds `committed >= n`.
-//! - It is voided only after the outcome of the failed group was read back, so that a replay that follows sees the truth.
+//! - It is voided after the outcome of the failed group was read back, or while the file may not be read, or where surely nothing was
+//!   written, so that a replay that follows sees the truth.
 //! - Commits of one activation are dense: the writer accepts only the version that follows the last one it wrote.
 
 use std::sync::atomic::{

@@ -313,7 +313,8 @@ impl KeyStore {
         Ok(page)
     }
 
-    /// Reads every key and compares their sum with what was committed. `each` is called with every row.
+    /// Reads every key and compares their sum with what was committed (unless keys were added meanwhile). `each` is called with every
+    /// row.
     ///
     /// # Errors
     /// The file cannot be read at all. Damage stands in the report.

@@ -1,7 +1,7 @@
-//! The tables, and how a file is made or brought to the newest format.
+//! The tables, and how a file is made.
 //!
 //! Invariants:
-//! - `PRAGMA user_version` is the format. A file of a newer format is refused, one of an older is migrated in one transaction.
+//! - `PRAGMA user_version` is the format. A file of a newer format is refused; there is no older one yet.
 //! - The whole schema of a new file is one transaction, so that a crash leaves a file with it or without it.
 
 use sqlx::{Row, SqliteConnection};

@@ -1,7 +1,7 @@
 //! How Kuma opens SQLite files, and how it reads SQLite's errors.
 //!
 //! Invariants:
-//! - Every connection runs with the pragmas listed here; there is no other place that opens a database.
+//! - Every connection to a file is opened here, with the pragmas of its role.
 //! - A transaction is driven by plain statements: after ENOSPC or an I/O error sqlx's own transaction depth is stuck for ever.
 
 use std::{path::Path, sync::Arc, time::Duration};
@@ -19,8 +19,9 @@ pub enum Durability {
     /// `synchronous = FULL`: an acknowledged commit survives power loss. The default.
     #[default]
     Full,
-    /// `synchronous = NORMAL`: an acknowledged commit survives the death of the process, **not** power loss. For data that can be
-    /// lost, and as the control of the power-loss tests.
+    /// `synchronous = NORMAL`: an acknowledged commit survives the death of the process, **not** power loss. After such a loss the
+    /// file is behind its watermark and does not open until it is restored. For data that can be lost, and as the control of the
+    /// power-loss tests.
     Normal,
 }
 
@@ -196,7 +197,7 @@ pub(crate) fn file_name(path: &Path) -> Arc<str> {
     path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default().into()
 }
 
-/// Settings that Kuma wants of the SQLite it is linked with, and that this build does not have. Empty when all is well.
+/// Those settings that Kuma wants of the SQLite it is linked with, that SQLite can tell of, and that this build does not have.
 ///
 /// The bundled default shares one page cache under one mutex between all shards and uses fsync where fdatasync is enough:
 /// 30-45 % of the speed of row-heavy work on two cores.

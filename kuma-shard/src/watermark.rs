@@ -11,9 +11,9 @@
 //! Invariants:
 //! - It is written and synced **after** the commit that it names, never before: a database behind its watermark has lost
 //!   acknowledged commits, whatever the reason.
-//! - It is at most [`WATERMARK_DELAY`] behind the newest acknowledged commit while its task runs; a loss inside that window is not
-//!   noticed (docs/guarantees.md).
-//! - Records alternate, so that a torn write leaves the previous one.
+//! - It is at most [`WATERMARK_DELAY`] behind the newest acknowledged commit on a disk that syncs within a few milliseconds, and
+//!   later on a slower one; a loss inside that window is not noticed (docs/guarantees.md).
+//! - The older record, or the one that is not whole, is written over, also after a reopening, so that a torn write leaves the newest.
 
 use std::{
     fs::{File, OpenOptions},
@@ -25,7 +25,7 @@ use std::{
 
 use crate::{Digest, DiskId};
 
-/// How long after a commit its watermark is on the disk, at the latest.
+/// How long after a commit its watermark is on the disk, where a sync takes a few milliseconds.
 pub const WATERMARK_DELAY: Duration = Duration::from_millis(50);
 
 const RECORD_BYTES: usize = 64;

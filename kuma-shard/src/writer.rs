@@ -15,7 +15,7 @@
 //!
 //! Invariants:
 //! - An entry is settled with `Ok` only after `COMMIT` returned, or after the file was read back and holds it.
-//! - After a failed sync nothing is acknowledged and nothing is read until a TRUNCATE checkpoint succeeded: a reopened connection
+//! - After a failed sync nothing is acknowledged and nothing is read from a shard until a TRUNCATE checkpoint succeeded: a reopened connection
 //!   may find frames in the page cache that never reached the disk.
 //! - A transaction is never cancelled: it runs to its end inside `handle`, never under `select!` or a timeout.
 //! - The commit counter is raised by one in each transaction, so that "did it happen?" has an exact answer.
