@@ -122,7 +122,10 @@ fn reference(directory: &Path, events: u64) -> Result<Histogram<u32>> {
         let mut select = connection.prepare("SELECT eid FROM entity")?;
         let eids = select.query_map([], |row| row.get::<_, i64>(0))?;
         entities.extend(eids.collect::<rusqlite::Result<Vec<i64>>>()?.into_iter().map(|eid| (file, eid)));
-        selects.push(connection.prepare("SELECT * FROM log WHERE eid = ? AND version > 0 ORDER BY version")?);
+        selects.push(connection.prepare(
+            "SELECT log.* FROM log_index CROSS JOIN log ON log.position = log_index.position
+             WHERE log_index.eid = ? AND log_index.version > 0 ORDER BY log_index.version",
+        )?);
     }
     let mut latencies = tasks::histogram()?;
     for (file, eid) in shuffled(entities) {

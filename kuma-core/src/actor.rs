@@ -282,12 +282,12 @@ impl EntityState {
         reply: AppendReply,
     ) -> Result<(), rmp_serde::encode::Error> {
         let Some(loaded) = self.loaded.as_deref_mut() else { return Ok(()) };
-        let Some(opener) = &loaded.opener else { return Ok(()) };
+        let Some(opener) = &mut loaded.opener else { return Ok(()) };
         let head = events.head(metadata)?;
         let (first_version, count) = (loaded.version + 1, events.count);
         // Monotone per entity, also when the clock jumps back.
         let at_us = micros(SystemTime::now()).max(loaded.at_us);
-        let row = &opener.row;
+        let row = opener.row.clone();
         let place = CommitPlace {
             kind: &row.kind,
             id_hash: IdHash(row.id_hash.0),
@@ -296,6 +296,9 @@ impl EntityState {
             at_us,
             key_id: KeyId(row.key_id),
         };
+        if !loaded.created {
+            opener.row = Arc::new(row.without_id());
+        }
         let commit = Commit {
             entity: row.clone(),
             create: !loaded.created,

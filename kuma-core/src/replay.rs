@@ -68,7 +68,7 @@ async fn find_and_fold(
         row.kind = kind.name().clone();
     }
     let key = core.vault.key(entity, KeyId(row.key_id)).await?;
-    let opener = Opener { row: Arc::new(row), key };
+    let opener = Opener { row: Arc::new(row.without_id()), key };
     let (mut state, mut version, mut at_us) = (initial()?, 0, 0);
     let mut rows_max = FIRST_PAGE_ROWS;
     loop {

@@ -19,7 +19,7 @@ pub struct EntityRow {
     pub kind: Arc<str>,
     /// The keyed hash of kind and id.
     pub id_hash: EntityHash,
-    /// The id, sealed with the entity's key.
+    /// The id, sealed with the entity's key. Only needed to create the entity and to verify it; see [`EntityRow::without_id`].
     pub sealed_id: Vec<u8>,
     /// The name of the entity's key.
     pub key_id: [u8; 16],
@@ -30,6 +30,11 @@ pub struct EntityRow {
 }
 
 impl EntityRow {
+    /// The row as it is kept in memory while the entity lives: nobody looks at its sealed id, and there are many.
+    pub fn without_id(&self) -> Self {
+        EntityRow { sealed_id: Vec::new(), ..self.clone() }
+    }
+
     pub(crate) fn checksum(&self) -> i64 {
         let mut hasher = blake3::Hasher::new();
         hasher
