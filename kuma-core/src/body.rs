@@ -31,13 +31,20 @@ pub(crate) struct Limits {
 /// Collects events into an [`EncodedEvents`].
 pub(crate) struct EventEncoder {
     limits: Limits,
+    expected: usize,
     scratch: Vec<u8>,
     events: EncodedEvents,
 }
 
 impl EventEncoder {
     pub(crate) fn new(limits: Limits) -> Self {
-        EventEncoder { limits, scratch: Vec::new(), events: EncodedEvents { items: Vec::new(), count: 0, bytes: 0 } }
+        EventEncoder::expecting(limits, 1)
+    }
+
+    /// For about this many events of one size.
+    pub(crate) fn expecting(limits: Limits, events: usize) -> Self {
+        let encoded = EncodedEvents { items: Vec::new(), count: 0, bytes: 0 };
+        EventEncoder { limits, expected: events.min(limits.append_events_max), scratch: Vec::new(), events: encoded }
     }
 
     /// Adds a typed event and returns what it decodes to: what cannot be read back is never written.
@@ -85,6 +92,9 @@ impl EventEncoder {
         let (bytes, events) = (self.scratch.len(), &mut self.events);
         if bytes > event_bytes_max {
             return Err(Refused::EventTooLarge { index: events.count, bytes, bytes_max: event_bytes_max });
+        }
+        if events.count == 0 {
+            events.items.reserve_exact((self.expected * (bytes + 8)).min(append_bytes_max));
         }
         events.count += 1;
         events.bytes += bytes;

@@ -191,8 +191,9 @@ impl<E: Entity> Handle<E> {
     /// # Cancel safety
     /// Not cancel safe: if the future is dropped the outcome is unknown.
     pub fn append_all(&self, events: impl IntoIterator<Item = E::Event>) -> Append<'_> {
-        let mut encoder = EventEncoder::new(self.raw.store.limits);
-        let decoded = events.into_iter().map(|event| encoder.typed::<E>(&event)).collect::<Result<Vec<E::Event>, _>>();
+        let events = events.into_iter();
+        let mut encoder = EventEncoder::expecting(self.raw.store.limits, events.size_hint().0);
+        let decoded = events.map(|event| encoder.typed::<E>(&event)).collect::<Result<Vec<E::Event>, _>>();
         let prepared = decoded.and_then(|decoded| Ok((encoder.finish()?, Box::new(decoded) as Decoded)));
         Append { handle: &self.raw, prepared, expected: None, metadata: None }
     }
