@@ -1,5 +1,7 @@
 //! Promise 3 where the log's index is concerned: new commits are noted in memory and written to the index many at a time. Wherever an
 //! entity's commits stand, it is read whole.
+// A failed unwrap is a failed promise.
+#![allow(clippy::unwrap_used)]
 
 use std::sync::{
     Arc,

@@ -287,10 +287,8 @@ impl LogBook {
             transaction = Transaction::Open;
             statements::insert_entities(connection, &created).await?;
             last = statements::insert_all_but_last(connection, last).await?;
-            self.write_index(connection).await?;
-            self.write_marks(connection).await?;
         }
-        let stored = Stored { commits, progress: self.progress() };
+        let stored = self.finish(connection, commits).await?;
         *committing = true;
         statements::insert_and_commit(connection, transaction, &stored, last).await
     }
@@ -328,11 +326,16 @@ impl LogBook {
                 Err(error) => return Err(error),
             }
         }
-        self.write_index(connection).await?;
-        self.write_marks(connection).await?;
-        let stored = Stored { commits, progress: self.progress() };
+        let stored = self.finish(connection, commits).await?;
         *committing = true;
         statements::commit(connection, &stored).await
+    }
+
+    /// What comes last in every transaction: index and marks where they are due (it is open then), and the progress to be stored.
+    async fn finish(&mut self, connection: &mut SqliteConnection, commits: u64) -> sqlx::Result<Stored> {
+        self.write_index(connection).await?;
+        self.write_marks(connection).await?;
+        Ok(Stored { commits, progress: self.progress() })
     }
 
     /// Marks bring the index up to date as well, so that opening never has more to read than what is behind the mark.
