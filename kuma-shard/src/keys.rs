@@ -7,23 +7,22 @@
 
 use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
 
-use ractor::{Actor, ActorCell, ActorRef};
-use sqlx::{Row, SqliteConnection, SqlitePool, sqlite::SqliteRow};
+use ractor::ActorCell;
+use sqlx::{Row, SqliteConnection, sqlite::SqliteRow};
 use tokio::sync::oneshot;
 
 use crate::{
-    CommitError, Digest, DiskId, EntityHash, FileOptions, NotWritten, OpenError, ReadError, StatsView, WriterStats,
+    CommitError, Digest, DiskId, EntityHash, FileOptions, NotWritten, OpenError, ReadError, StatsView,
     book::{Book, Progress, Size},
+    database::Database,
     open::FileSpec,
     progress::Stored,
     row_hash::RowHash,
     schema::Role,
-    sqlite::{self, Trouble},
     statements,
-    writer::{Writer, WriterArguments, WriterMessage},
+    writer::WriterMessage,
 };
 
-const READERS: u32 = 2;
 pub(crate) const FILE_NAME: &str = "keys.db";
 
 /// The wrapped key of one entity.
@@ -167,14 +166,7 @@ pub struct KeysReport {
 /// The open `keys.db`. Cheap to clone.
 #[derive(Clone)]
 pub struct KeyStore {
-    inner: Arc<Inner>,
-}
-
-struct Inner {
-    file: Arc<str>,
-    writer: ActorRef<WriterMessage<KeyBook>>,
-    readers: SqlitePool,
-    stats: Arc<WriterStats>,
+    database: Arc<Database<KeyBook>>,
 }
 
 fn spec(directory: PathBuf, disk_id: DiskId, options: &FileOptions) -> FileSpec {
@@ -207,24 +199,9 @@ impl KeyStore {
         if witnessed.is_some_and(|digest| digest != stored.progress.digest) {
             return Err(spec.damaged("the digest of its keys is not the one in its watermark"));
         }
-        let opened = spec.open().await?;
-        let stats = Arc::new(WriterStats::default());
-        let arguments = WriterArguments {
-            checkpointer: spec.connect_checkpointer().await?,
-            path: spec.path.clone(),
-            options: options.clone(),
-            disk_id,
-            connection: opened.connection,
-            watermark: opened.watermark,
-            commits: stored.commits,
-            book: KeyBook { digest: stored.progress.digest, staged: None },
-            stats: stats.clone(),
-        };
-        let (writer, _) = Actor::spawn_linked(None, Writer::new(), arguments, supervisor).await.map_err(|error| {
-            OpenError::Io { path: spec.path.clone(), source: std::io::Error::other(error.to_string()) }
-        })?;
-        let readers = sqlite::reader_pool(&spec.path, options, READERS);
-        Ok(KeyStore { inner: Arc::new(Inner { file: sqlite::file_name(&spec.path), writer, readers, stats }) })
+        let book = KeyBook { digest: stored.progress.digest, staged: None };
+        let database = Database::open(&spec, stored.commits, book, supervisor).await?;
+        Ok(KeyStore { database: Arc::new(database) })
     }
 
     /// Adds the key of a new entity; it is durable when this returns. Keys that are added at the same time share one sync.
@@ -253,11 +230,11 @@ impl KeyStore {
 
     async fn change(&self, change: Change) -> Result<(), CommitError> {
         let (reply, settled) = oneshot::channel();
-        if self.inner.writer.cast(WriterMessage::Submit(KeyEntry { change, reply })).is_err() {
+        if self.database.writer.cast(WriterMessage::Submit(KeyEntry { change, reply })).is_err() {
             return Err(NotWritten::Stopping.into());
         }
         let unknown =
-            |_| CommitError::Unknown { file: self.inner.file.to_string(), detail: "its writer stopped".to_owned() };
+            |_| CommitError::Unknown { file: self.database.file.to_string(), detail: "its writer stopped".to_owned() };
         settled.await.map_err(unknown)?
     }
 
@@ -268,7 +245,7 @@ impl KeyStore {
     pub async fn get(&self, key_id: [u8; 16]) -> Result<Option<KeyRow>, ReadError> {
         let row = sqlx::query("SELECT key_id, id_hash, wrapped, created_at FROM data_key WHERE key_id = ?")
             .bind(key_id.to_vec())
-            .fetch_optional(&self.inner.readers)
+            .fetch_optional(&self.database.readers)
             .await
             .map_err(|error| self.read_error(error))?;
         let Some(row) = row else { return Ok(None) };
@@ -282,7 +259,7 @@ impl KeyStore {
     pub async fn secret(&self, name: &'static str) -> Result<Option<Vec<u8>>, ReadError> {
         let row = sqlx::query("SELECT wrapped FROM secret WHERE name = ?")
             .bind(name)
-            .fetch_optional(&self.inner.readers)
+            .fetch_optional(&self.database.readers)
             .await
             .map_err(|error| self.read_error(error))?;
         row.map(|row| row.try_get(0)).transpose().map_err(|error| self.read_error(error))
@@ -296,7 +273,7 @@ impl KeyStore {
         let rows = sqlx::query("SELECT number, key_id, id_hash, wrapped, created_at FROM data_key WHERE number > ? ORDER BY number LIMIT ?")
             .bind(after)
             .bind(rows_max)
-            .fetch_all(&self.inner.readers)
+            .fetch_all(&self.database.readers)
             .await
             .map_err(|error| self.read_error(error))?;
         let mut page = BTreeMap::new();
@@ -304,7 +281,7 @@ impl KeyStore {
             let number = row.try_get("number").map_err(|error| self.read_error(error))?;
             let key = KeyRow::from_row(row).map_err(|error| self.read_error(error))?;
             let damaged = || ReadError::BadRow {
-                file: self.inner.file.to_string(),
+                file: self.database.file.to_string(),
                 position: 0,
                 detail: format!("key number {number} is damaged"),
             };
@@ -320,10 +297,8 @@ impl KeyStore {
     /// The file cannot be read at all. Damage stands in the report.
     pub async fn verify(&self, mut each: impl FnMut(&KeyRow)) -> Result<KeysReport, ReadError> {
         let mut report = KeysReport::default();
-        let (reply, answer) = oneshot::channel();
-        let asked = self.inner.writer.cast(WriterMessage::Audit { reply });
-        let expected = if asked.is_ok() { answer.await.ok() } else { None };
-        let integrity = crate::verify::integrity(&self.inner.readers).await;
+        let expected = self.database.audit().await;
+        let integrity = crate::verify::integrity(&self.database.readers).await;
         report.damage.extend(integrity.map_err(|error| self.read_error(error))?);
         let (mut digest, mut after) = (Digest::default(), 0);
         loop {
@@ -344,9 +319,7 @@ impl KeyStore {
             }
         }
         // Keys that were added meanwhile are in the sum that was read and not in the one that was expected.
-        let (reply, answer) = oneshot::channel();
-        let asked = self.inner.writer.cast(WriterMessage::Audit { reply });
-        let now = if asked.is_ok() { answer.await.ok() } else { None };
+        let now = self.database.audit().await;
         if now == expected && expected.is_some_and(|expected| expected.progress.digest != digest) {
             report.damage.push("the digest of the keys is not the one that was committed".to_owned());
         }
@@ -355,24 +328,15 @@ impl KeyStore {
 
     /// Numbers about the writer.
     pub fn stats(&self) -> StatsView {
-        self.inner.stats.view()
+        self.database.stats()
     }
 
     /// Stops the writer: what was submitted is written first, then the file is closed.
     pub async fn stop(&self) {
-        self.inner.readers.close().await;
-        let (done, stopped) = oneshot::channel();
-        // A writer that is gone has nothing left to write.
-        if self.inner.writer.cast(WriterMessage::Stop { done }).is_ok() {
-            let _ = stopped.await;
-        }
+        self.database.stop().await;
     }
 
     fn read_error(&self, source: sqlx::Error) -> ReadError {
-        let file = self.inner.file.to_string();
-        match sqlite::trouble(&source) {
-            Trouble::Corrupt => ReadError::Corrupt { file, source },
-            _ => ReadError::Sqlite { file, source },
-        }
+        self.database.read_error(source)
     }
 }

@@ -12,6 +12,7 @@ mod book;
 mod budget;
 mod checkpointer;
 mod data_dir;
+mod database;
 mod entity_row;
 mod error;
 mod ids;

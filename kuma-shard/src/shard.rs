@@ -10,26 +10,23 @@ use std::{
 };
 
 use futures_util::TryStreamExt;
-use ractor::{Actor, ActorCell, ActorRef};
-use sqlx::{Row, SqliteConnection, SqlitePool, sqlite::SqliteRow};
-use tokio::sync::oneshot;
+use ractor::ActorCell;
+use sqlx::{Row, SqliteConnection, sqlite::SqliteRow};
 
 use crate::{
     Budget, CommitError, CopyId, DiskId, EntityHash, EntityRow, Epoch, FileOptions, NotWritten, OpenError, ReadError,
-    Slot, StatsView, Submission, WriterStats,
+    Slot, StatsView, Submission,
     book::{Book, Progress},
+    database::Database,
     log_book::{LogBook, LogEntry},
     open::FileSpec,
     row_hash::{RowFields, RowHash},
     schema::Role,
     slots::{self, SlotImage},
-    sqlite::{self, Trouble},
+    sqlite,
     tail::{SharedTail, TailRow},
-    writer::{Writer, WriterArguments, WriterMessage},
+    writer::WriterMessage,
 };
-
-/// Connections that read a shard. More only add threads: a page of rows is read in well under a millisecond.
-const READERS: u32 = 2;
 
 /// What it takes to open a shard.
 #[derive(Clone, Debug)]
@@ -95,11 +92,8 @@ pub struct Shard {
 
 struct Inner {
     number: u16,
-    file: Arc<str>,
-    writer: ActorRef<WriterMessage<LogBook>>,
-    readers: SqlitePool,
+    database: Database<LogBook>,
     tail: SharedTail,
-    stats: Arc<WriterStats>,
     budget: Arc<Budget>,
     next_eid: AtomicI64,
 }
@@ -131,29 +125,11 @@ impl Shard {
         if witnessed.is_some_and(|digest| digest != book.progress().digest) {
             return Err(spec.damaged("the digest of its rows is not the one in its watermark"));
         }
-        let opened = spec.open().await?;
-        let stats = Arc::new(WriterStats::default());
-        let arguments = WriterArguments {
-            checkpointer: spec.connect_checkpointer().await?,
-            options: options.file.clone(),
-            disk_id: options.disk_id,
-            connection: opened.connection,
-            watermark: opened.watermark,
-            commits,
-            book,
-            stats: stats.clone(),
-            path: spec.path.clone(),
-        };
-        let (writer, _) = Actor::spawn_linked(None, Writer::new(), arguments, supervisor).await.map_err(|error| {
-            OpenError::Io { path: spec.path.clone(), source: std::io::Error::other(error.to_string()) }
-        })?;
+        let database = Database::open(&spec, commits, book, supervisor).await?;
         let inner = Inner {
             number: options.number,
-            file,
-            writer,
-            readers: sqlite::reader_pool(&spec.path, &options.file, READERS),
+            database,
             tail,
-            stats,
             budget: Budget::new(options.queue_bytes_max),
             next_eid: AtomicI64::new(next_eid),
         };
@@ -167,7 +143,7 @@ impl Shard {
 
     /// The name of the file, for messages.
     pub fn file(&self) -> &str {
-        &self.inner.file
+        &self.inner.database.file
     }
 
     /// Bounds the bytes that wait for the disk. Take a permit before submitting, and drop it when settled.
@@ -183,14 +159,16 @@ impl Shard {
     /// Hands `submission` to the writer. It is settled in the order of submission, once.
     pub fn submit(&self, submission: Submission) {
         let message = WriterMessage::Submit(LogEntry::from(submission));
-        if let Err(ractor::MessagingErr::SendErr(WriterMessage::Submit(entry))) = self.inner.writer.cast(message) {
+        if let Err(ractor::MessagingErr::SendErr(WriterMessage::Submit(entry))) =
+            self.inner.database.writer.cast(message)
+        {
             entry.refuse(CommitError::NotWritten(NotWritten::Stopping));
         }
     }
 
     /// Numbers about the writer.
     pub fn stats(&self) -> StatsView {
-        self.inner.stats.view()
+        self.inner.database.stats()
     }
 
     /// The entity with this hash, if it was ever written.
@@ -202,7 +180,7 @@ impl Shard {
         let row = sqlx::query("SELECT * FROM entity WHERE copy = ? AND id_hash = ?")
             .bind(copy.0.to_vec())
             .bind(id_hash.0.to_vec())
-            .fetch_optional(&self.inner.readers)
+            .fetch_optional(&self.inner.database.readers)
             .await
             .map_err(|error| self.read_error(error))?;
         let Some(row) = row else { return Ok(None) };
@@ -225,7 +203,7 @@ impl Shard {
         .bind(entity.eid)
         .bind(after.cast_signed())
         .bind(rows_max)
-        .fetch_all(&self.inner.readers)
+        .fetch_all(&self.inner.database.readers)
         .await
         .map_err(|error| self.read_error(error))?;
         let mut rows = rows.iter().map(|row| self.log_row(row, entity)).collect::<Result<Vec<LogRow>, _>>()?;
@@ -250,7 +228,7 @@ impl Shard {
             "SELECT log.* FROM json_each(?) AS wanted CROSS JOIN log ON log.position = wanted.value ORDER BY log.version",
         )
         .bind(format!("[{}]", list.join(",")))
-        .fetch_all(&self.inner.readers)
+        .fetch_all(&self.inner.database.readers)
         .await
         .map_err(|error| self.read_error(error))?;
         rows.iter().map(|row| self.log_row(row, entity)).collect()
@@ -268,7 +246,7 @@ impl Shard {
         let row = sqlx::query("SELECT coalesce(max(version), 0) FROM log_index WHERE eid = ? AND version <= ?")
             .bind(entity.eid)
             .bind(i64::try_from(version).unwrap_or(i64::MAX))
-            .fetch_one(&self.inner.readers)
+            .fetch_one(&self.inner.database.readers)
             .await;
         row.and_then(|row| row.try_get::<i64, _>(0)).map(i64::cast_unsigned).map_err(|error| self.read_error(error))
     }
@@ -282,7 +260,7 @@ impl Shard {
         let rows = sqlx::query("SELECT * FROM entity WHERE eid > ? ORDER BY eid LIMIT ?")
             .bind(after)
             .bind(rows_max)
-            .fetch_all(&self.inner.readers)
+            .fetch_all(&self.inner.database.readers)
             .await
             .map_err(|error| self.read_error(error))?;
         let read = |row: &SqliteRow| -> sqlx::Result<Result<EntityRow, i64>> {
@@ -294,39 +272,26 @@ impl Shard {
 
     /// Stops the writer: what was submitted is written first, then the file is closed.
     pub async fn stop(&self) {
-        self.inner.readers.close().await;
-        let (done, stopped) = oneshot::channel();
-        // A writer that is gone has nothing left to write.
-        if self.inner.writer.cast(WriterMessage::Stop { done }).is_ok() {
-            let _ = stopped.await;
-        }
+        self.inner.database.stop().await;
     }
 
-    pub(crate) fn readers(&self) -> &SqlitePool {
-        &self.inner.readers
-    }
-
-    pub(crate) fn writer(&self) -> &ActorRef<WriterMessage<LogBook>> {
-        &self.inner.writer
+    pub(crate) fn database(&self) -> &Database<LogBook> {
+        &self.inner.database
     }
 
     fn check_readable(&self) -> Result<(), ReadError> {
-        if self.inner.stats.suspect.load(Relaxed) {
-            return Err(ReadError::Closed { file: self.inner.file.to_string() });
+        if self.inner.database.stats.suspect.load(Relaxed) {
+            return Err(ReadError::Closed { file: self.inner.database.file.to_string() });
         }
         Ok(())
     }
 
     pub(crate) fn read_error(&self, source: sqlx::Error) -> ReadError {
-        let file = self.inner.file.to_string();
-        match sqlite::trouble(&source) {
-            Trouble::Corrupt => ReadError::Corrupt { file, source },
-            _ => ReadError::Sqlite { file, source },
-        }
+        self.inner.database.read_error(source)
     }
 
     pub(crate) fn bad_row(&self, position: u64, detail: impl Into<String>) -> ReadError {
-        ReadError::BadRow { file: self.inner.file.to_string(), position, detail: detail.into() }
+        ReadError::BadRow { file: self.inner.database.file.to_string(), position, detail: detail.into() }
     }
 
     fn log_row(&self, row: &SqliteRow, entity: &EntityRow) -> Result<LogRow, ReadError> {

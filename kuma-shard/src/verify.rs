@@ -7,12 +7,8 @@
 use std::collections::BTreeMap;
 
 use sqlx::{Row, SqlitePool};
-use tokio::sync::oneshot;
 
-use crate::{
-    Digest, EntityHash, EntityRow, LogRow, ReadError, Shard, progress::Stored, shard, statements::Bound,
-    writer::WriterMessage,
-};
+use crate::{Digest, EntityHash, EntityRow, LogRow, ReadError, Shard, shard, statements::Bound};
 
 const PAGE_ROWS: u32 = 64;
 
@@ -51,8 +47,8 @@ impl Shard {
     /// The file cannot be read at all. Damage stands in the report.
     pub async fn verify(&self, commits: &mut impl CommitCheck) -> Result<ShardReport, ReadError> {
         let mut report = ShardReport::default();
-        let expected = self.audit().await;
-        report.damage.extend(integrity(self.readers()).await.map_err(|error| self.read_error(error))?);
+        let expected = self.database().audit().await;
+        report.damage.extend(integrity(&self.database().readers).await.map_err(|error| self.read_error(error))?);
         let entities = match self.read_entities(&mut report).await {
             Err(error) if error.is_damage() => {
                 report.damage.push(words(&error));
@@ -73,7 +69,7 @@ impl Shard {
             .bind(i64::try_from(after).unwrap_or(i64::MAX))
             .bind(i64::try_from(end).unwrap_or(i64::MAX))
             .bind(PAGE_ROWS)
-            .fetch_all(self.readers())
+            .fetch_all(&self.database().readers)
             .await;
             let rows = match rows.map_err(|error| self.read_error(error)) {
                 Err(error) if error.is_damage() => {
@@ -143,14 +139,8 @@ impl Shard {
     }
 
     async fn count(&self, query: Bound) -> Result<u64, ReadError> {
-        let row = query.fetch_one(self.readers()).await;
+        let row = query.fetch_one(&self.database().readers).await;
         row.and_then(|row| row.try_get::<i64, _>(0)).map(i64::cast_unsigned).map_err(|error| self.read_error(error))
-    }
-
-    async fn audit(&self) -> Option<Stored> {
-        let (reply, answer) = oneshot::channel();
-        self.writer().cast(WriterMessage::Audit { reply }).ok()?;
-        answer.await.ok()
     }
 
     async fn read_entities(&self, report: &mut ShardReport) -> Result<BTreeMap<i64, EntityRow>, ReadError> {

@@ -1,0 +1,82 @@
+//! An open database file: its writer, its readers, and what is the same for a shard and for `keys.db`.
+
+use std::sync::Arc;
+
+use ractor::{Actor, ActorCell, ActorRef};
+use sqlx::SqlitePool;
+use tokio::sync::oneshot;
+
+use crate::{
+    OpenError, ReadError, StatsView, WriterStats,
+    book::Book,
+    open::FileSpec,
+    progress::Stored,
+    sqlite::{self, Trouble},
+    writer::{Writer, WriterArguments, WriterMessage},
+};
+
+/// Connections that read a file. More only add threads: a page of rows is read in well under a millisecond.
+const READERS: u32 = 2;
+
+pub(crate) struct Database<B: Book> {
+    /// The name of the file, for messages.
+    pub(crate) file: Arc<str>,
+    pub(crate) writer: ActorRef<WriterMessage<B>>,
+    pub(crate) readers: SqlitePool,
+    pub(crate) stats: Arc<WriterStats>,
+}
+
+impl<B: Book> Database<B> {
+    /// Opens a file that was inspected, `book` being its content as of `commits`, and starts its writer under `supervisor`.
+    pub(crate) async fn open(spec: &FileSpec, commits: u64, book: B, supervisor: ActorCell) -> Result<Self, OpenError> {
+        let opened = spec.open().await?;
+        let stats = Arc::new(WriterStats::default());
+        let arguments = WriterArguments {
+            checkpointer: spec.connect_checkpointer().await?,
+            path: spec.path.clone(),
+            options: spec.options.clone(),
+            disk_id: spec.disk_id,
+            connection: opened.connection,
+            watermark: opened.watermark,
+            commits,
+            book,
+            stats: stats.clone(),
+        };
+        let (writer, _) = Actor::spawn_linked(None, Writer::new(), arguments, supervisor).await.map_err(|error| {
+            OpenError::Io { path: spec.path.clone(), source: std::io::Error::other(error.to_string()) }
+        })?;
+        let readers = sqlite::reader_pool(&spec.path, &spec.options, READERS);
+        Ok(Database { file: sqlite::file_name(&spec.path), writer, readers, stats })
+    }
+
+    /// What the file holds as of now; none if its writer is gone.
+    pub(crate) async fn audit(&self) -> Option<Stored> {
+        let (reply, answer) = oneshot::channel();
+        self.writer.cast(WriterMessage::Audit { reply }).ok()?;
+        answer.await.ok()
+    }
+
+    /// Numbers about the writer.
+    pub(crate) fn stats(&self) -> StatsView {
+        self.stats.view()
+    }
+
+    /// Stops the writer: what was submitted is written first, then the file is closed.
+    pub(crate) async fn stop(&self) {
+        self.readers.close().await;
+        let (done, stopped) = oneshot::channel();
+        // A writer that is gone has nothing left to write.
+        if self.writer.cast(WriterMessage::Stop { done }).is_ok() {
+            let _ = stopped.await;
+        }
+    }
+
+    /// An error of a reader, told by whether stored bytes are damaged.
+    pub(crate) fn read_error(&self, source: sqlx::Error) -> ReadError {
+        let file = self.file.to_string();
+        match sqlite::trouble(&source) {
+            Trouble::Corrupt => ReadError::Corrupt { file, source },
+            _ => ReadError::Sqlite { file, source },
+        }
+    }
+}
