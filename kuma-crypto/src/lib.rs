@@ -35,6 +35,7 @@
 //! ```
 
 mod aad;
+mod append_key;
 mod commit;
 mod data_key;
 mod id_hash;
@@ -47,6 +48,7 @@ mod short_hex;
 mod snapshot;
 mod text;
 
+pub use append_key::{AppendKeyHash, hash_append_key};
 pub use commit::{CommitPlace, open_commit, seal_commit, seal_commit_parts};
 pub use data_key::{DataKey, KeyId};
 pub use id_hash::{IdHash, IdSecret};
