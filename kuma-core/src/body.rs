@@ -20,6 +20,9 @@ pub(crate) struct EncodedEvents {
     pub(crate) bytes: usize,
 }
 
+/// What a request asked for, in short; see [`crate::retry`].
+pub(crate) type Fingerprint = [u8; 16];
+
 /// How much one append may hold.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Limits {
@@ -127,14 +130,21 @@ const NIL: u8 = 0xc0;
 
 impl EncodedEvents {
     /// What stands before the events in a commit's plaintext.
-    pub(crate) fn head(&self, metadata: Option<&Metadata>) -> Result<Vec<u8>, rmp_serde::encode::Error> {
-        let mut head = Vec::with_capacity(16);
+    pub(crate) fn head(
+        &self,
+        metadata: Option<&Metadata>,
+        fingerprint: Option<&Fingerprint>,
+    ) -> Result<Vec<u8>, rmp_serde::encode::Error> {
+        let mut head = Vec::with_capacity(32);
         head.push(0x93);
         match metadata {
             Some(metadata) => rmp_serde::encode::write_named(&mut head, metadata)?,
             None => head.push(NIL),
         }
-        head.push(NIL);
+        match fingerprint {
+            Some(fingerprint) => rmp::encode::write_bin(&mut head, fingerprint)?,
+            None => head.push(NIL),
+        }
         rmp::encode::write_array_len(&mut head, self.count)?;
         Ok(head)
     }
@@ -144,9 +154,9 @@ impl EncodedEvents {
         &self.items
     }
 
-    /// The whole plaintext of a commit.
+    /// The whole plaintext of a commit that has no fingerprint.
     pub(crate) fn body(&self, metadata: Option<&Metadata>) -> Result<Vec<u8>, rmp_serde::encode::Error> {
-        Ok([self.head(metadata)?.as_slice(), self.items()].concat())
+        Ok([self.head(metadata, None)?.as_slice(), self.items()].concat())
     }
 }
 
@@ -156,7 +166,7 @@ pub(crate) struct Body<'a> {
     pub(crate) metadata: Option<Metadata>,
     /// What the request asked for, to tell a retry from a different request under the same key.
     #[serde(borrow)]
-    pub(crate) _fingerprint: Option<&'a Bytes>,
+    pub(crate) fingerprint: Option<&'a Bytes>,
     #[serde(borrow)]
     pub(crate) events: Vec<(u32, &'a Bytes)>,
 }
@@ -171,6 +181,16 @@ impl<'a> Body<'a> {
 pub(crate) fn split(event: &[u8]) -> Option<(&str, &[u8])> {
     let rest = event.strip_prefix(&[MAP_OF_ONE])?;
     rmp::decode::read_str_from_slice(rest).ok()
+}
+
+/// The inverse of [`split`].
+pub(crate) fn join(name: &str, data: &[u8]) -> Vec<u8> {
+    let mut event = Vec::with_capacity(6 + name.len() + data.len());
+    event.push(MAP_OF_ONE);
+    // A Vec never refuses a byte.
+    let _ = rmp::encode::write_str(&mut event, name);
+    event.extend_from_slice(data);
+    event
 }
 
 /// A typed event from its encoded form.

@@ -4,7 +4,7 @@ use std::{fmt, time::SystemTime};
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
-use crate::Refused;
+use crate::{Refused, Upcasters};
 
 /// A thing with a kind and an id, and a history of events that its state is folded from.
 ///
@@ -33,8 +33,14 @@ pub trait Entity: Default + Clone + Serialize + DeserializeOwned + Send + Sync +
     /// The name of the kind: 1 to 64 ASCII letters, digits, `_`, `-` or `.`, starting with a letter. It is stored; never change it.
     const KIND: &'static str;
 
-    /// The version of the events' shape. Stored with each event.
+    /// The version of the events' shape. Stored with each event; raise it when the shape changes, and say in
+    /// [`Entity::upcasters`] how older events are to be read.
     const SCHEMA: u32 = 1;
+
+    /// The version of what [`Entity::apply`] makes of events. Raise it when the same events give another state than before: snapshots
+    /// of states that older code made are then ignored and made anew. A change of the state's own fields (as far as its default value
+    /// shows them) or of [`Entity::SCHEMA`] does that by itself.
+    const STATE_SCHEMA: u32 = 1;
 
     /// The facts. An enum in serde's default (externally tagged) form: a variant's name is the event's stored name.
     type Event: Serialize + DeserializeOwned + Send + Sync + 'static;
@@ -44,6 +50,11 @@ pub trait Entity: Default + Clone + Serialize + DeserializeOwned + Send + Sync +
     /// Each event is applied twice: to the state that the next append is decided on, and to the durable state once it is on the
     /// disk. A panic refuses the append; what cannot be replayed is never stored.
     fn apply(&mut self, event: &Self::Event);
+
+    /// How events of older schema versions are read. Runs wherever events are read: replay, history, export, time travel. Default: none.
+    fn upcasters() -> Upcasters {
+        Upcasters::new()
+    }
 
     /// About how many bytes the state takes in memory. The default does not count what the state points to (strings, vectors, maps). Counts against [`Options::memory_budget`](crate::Options::memory_budget).
     fn memory_bytes(&self) -> usize {
@@ -96,7 +107,7 @@ impl NewEvent {
     }
 }
 
-/// A stored event, as it is read back.
+/// A stored event, as it is read back: in the shape of the current schema version where its kind has upcasters.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RecordedEvent {
     /// The entity's version that this event made.
@@ -120,6 +131,14 @@ impl RecordedEvent {
     /// The data has no JSON form (a map whose keys are not strings, say).
     pub fn json(&self) -> Result<serde_json::Value, rmp_serde::decode::Error> {
         rmp_serde::from_slice(&self.data)
+    }
+
+    /// The event as a kind's type has it.
+    ///
+    /// # Errors
+    /// The type does not know the event, or reads its data differently.
+    pub fn decode<E: Entity>(&self) -> Result<E::Event, rmp_serde::decode::Error> {
+        crate::body::decode_typed::<E>(&crate::body::join(&self.name, &self.data))
     }
 }
 

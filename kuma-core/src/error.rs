@@ -81,6 +81,48 @@ pub enum Refused {
         /// The entity.
         entity: EntityHash,
     },
+    /// A command's `decide` panicked. The state is as it was before.
+    #[error("a command on entity {entity} panicked; nothing was written, mend its `decide`")]
+    CommandPanicked {
+        /// The entity.
+        entity: EntityHash,
+    },
+    /// The idempotency key was used for a request with other content.
+    #[error(
+        "entity {entity} has used this idempotency key for another request, which made version {version}; nothing was written, use a new key for a new request"
+    )]
+    KeyReused {
+        /// The entity.
+        entity: EntityHash,
+        /// The version that the other request made.
+        version: Version,
+    },
+    /// The idempotency key cannot be used.
+    #[error("the idempotency key ({bytes} bytes) is refused; a key has 1 to {bytes_max} bytes")]
+    InvalidKey {
+        /// Its length.
+        bytes: usize,
+        /// The limit.
+        bytes_max: usize,
+    },
+    /// The entity has no such version yet.
+    #[error("entity {entity} is at version {newest}, there is no version {asked} yet")]
+    NoSuchVersion {
+        /// The entity.
+        entity: EntityHash,
+        /// The version that was asked for.
+        asked: Version,
+        /// The newest one.
+        newest: Version,
+    },
+    /// A kind's upcasters do not fit its schema version.
+    #[error("the upcasters of kind {kind} are refused: {reason}")]
+    Upcasters {
+        /// The kind.
+        kind: String,
+        /// What is wrong with them.
+        reason: String,
+    },
     /// The kind is in use with another Rust type, or as a document.
     #[error("the kind {kind} is in use with another type in this process; use one type for it")]
     KindMismatch {
@@ -157,6 +199,14 @@ pub enum Unavailable {
         /// The entity.
         entity: EntityHash,
     },
+    /// An earlier append of the same [`Sequence`](crate::Sequence) failed.
+    #[error(
+        "an earlier append to entity {entity} in the same sequence failed; this one was not written, send it again in a new sequence after that one"
+    )]
+    SequenceBroken {
+        /// The entity.
+        entity: EntityHash,
+    },
     /// The store is shutting down.
     #[error("the store is shutting down")]
     ShuttingDown,
@@ -171,27 +221,37 @@ pub enum AppendError {
     /// Nothing was written; a retry is safe.
     #[error(transparent)]
     Unavailable(#[from] Unavailable),
-    /// It may or may not have been written, all of it or none. Read the entity to find out.
-    #[error("the outcome of the append to entity {entity} is unknown ({detail}); read the entity before trying again")]
+    /// It may or may not have been written, all of it or none.
+    #[error("the outcome of the write to entity {entity} is unknown ({detail}); {}", advice(*.has_key))]
     Unknown {
         /// The entity.
         entity: EntityHash,
         /// What happened.
         detail: String,
+        /// Whether it had an idempotency key, so that sending it again with the same key is safe.
+        has_key: bool,
     },
 }
 
+fn advice(has_key: bool) -> &'static str {
+    if has_key {
+        "send it again with the same idempotency key: it happens once"
+    } else {
+        "read the entity before trying again"
+    }
+}
+
 impl AppendError {
-    pub(crate) fn from_commit(entity: EntityHash, error: CommitError) -> Self {
+    pub(crate) fn from_commit(entity: EntityHash, error: CommitError, has_key: bool) -> Self {
         match error {
             CommitError::NotWritten(cause) => Unavailable::NotWritten { entity, cause }.into(),
-            CommitError::Unknown { detail, .. } => AppendError::Unknown { entity, detail },
+            CommitError::Unknown { detail, .. } => AppendError::Unknown { entity, detail, has_key },
         }
     }
 
     /// Whether the same request can be repeated without any risk of doubling it, and with a chance.
     pub fn is_retry_safe(&self) -> bool {
-        matches!(self, AppendError::Unavailable(_))
+        matches!(self, AppendError::Unavailable(_) | AppendError::Unknown { has_key: true, .. })
     }
 }
 

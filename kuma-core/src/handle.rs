@@ -1,34 +1,40 @@
 //! Handles: how a service speaks to an entity.
 //!
 //! The typed handle is a thin layer on the raw one; both go the same way. A handle keeps the actor it found last; an actor that
-//! left hands a message back, and the handle finds the next one. No append is ever sent twice.
+//! left hands a message back, and the handle finds the next one. No write is ever sent twice.
 
 use std::{
-    future::{Future, IntoFuture},
     marker::PhantomData,
     ops::{Deref, RangeBounds},
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant, SystemTime},
 };
 
 use arc_swap::ArcSwapOption;
+use futures_util::TryStreamExt;
 use kuma_shard::EntityHash;
 use ractor::MessagingErr;
+use serde_bytes::Bytes;
 use tokio::sync::oneshot;
+use tracing::Instrument;
 
 use crate::{
-    AppendError, Entity, Metadata, NewEvent, ReadError, RecordedEvent, Refused, Unavailable, Version,
-    actor::{AppendRequest, EntityMessage},
-    body::{Body, EncodedEvents, EventEncoder, split},
+    Append, AppendError, Command, Direction, Entity, Execute, History, Metadata, NewEvent, Outcome, ReadError,
+    RecordedEvent, Refused, Sequence, Unavailable, Version,
+    actor::{Content, EntityMessage, WriteRequest},
+    body::{Body, EncodedEvents, EventEncoder, Limits},
     identity::Identity,
     kind::{Decoded, Kind},
     live::{Durable, Live},
-    replay::Opener,
-    reply::{AppendReply, OwnAppends},
+    micros,
+    replay::{self, Opener, Until},
+    reply::{OwnAppends, WriteReply, Written},
+    retry::{self, RetryKey},
     shard_core::ShardCore,
     store::{self, Inner},
+    time_travel::{self, Diff},
 };
 
 /// How often a request looks for an entity that keeps leaving before it gives up.
@@ -61,15 +67,64 @@ pub struct RawHandle {
 }
 
 #[derive(Clone)]
-struct Who {
-    kind: Arc<dyn Kind>,
-    identity: Arc<Identity>,
+pub(crate) struct Who {
+    pub(crate) kind: Arc<dyn Kind>,
+    pub(crate) identity: Arc<Identity>,
 }
 
-/// An entity's durable state at some version. Derefs to the state; sharing it costs nothing, and it does not change.
+/// What is to be written, before it is admitted.
+pub(crate) struct Write {
+    pub(crate) content: Content,
+    pub(crate) expected: Option<Version>,
+    pub(crate) metadata: Option<Metadata>,
+    pub(crate) retry: Option<RetryKey>,
+    pub(crate) sequence: Option<Sequence>,
+}
+
+/// Where the answer to a write comes from.
+pub(crate) struct Answer {
+    entity: EntityHash,
+    has_key: bool,
+    outcome: oneshot::Receiver<Result<Written, AppendError>>,
+}
+
+impl Answer {
+    pub(crate) fn entity(&self) -> EntityHash {
+        self.entity
+    }
+
+    pub(crate) fn has_key(&self) -> bool {
+        self.has_key
+    }
+}
+
+impl Future for Answer {
+    type Output = Result<Written, AppendError>;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        Pin::new(&mut self.outcome).poll(context).map(|received| match received {
+            Ok(outcome) => outcome,
+            Err(_) => {
+                let (entity, has_key) = (self.entity, self.has_key);
+                Err(AppendError::Unknown { entity, detail: "its actor stopped".to_owned(), has_key })
+            }
+        })
+    }
+}
+
+/// An entity's durable state at some version, the newest or an older one. Derefs to the state; sharing it costs nothing, and it does not change.
 pub struct Current<E> {
     state: Arc<E>,
     version: Version,
+}
+
+impl<E: Entity> Current<E> {
+    fn new(Durable { state, version }: Durable) -> Result<Self, ReadError> {
+        match Arc::downcast(state) {
+            Ok(state) => Ok(Current { state, version }),
+            Err(_) => Err(Refused::KindMismatch { kind: E::KIND.to_owned() }.into()),
+        }
+    }
 }
 
 impl<E> Current<E> {
@@ -104,68 +159,6 @@ impl<E: std::fmt::Debug> std::fmt::Debug for Current<E> {
     }
 }
 
-/// An append that is described and not sent yet: `.await` sends it and waits until it is durable, [`Append::submit`] only sends it.
-#[must_use = "nothing is sent until it is awaited or submitted"]
-pub struct Append<'a> {
-    handle: &'a RawHandle,
-    prepared: Result<(EncodedEvents, Decoded), Refused>,
-    expected: Option<Version>,
-    metadata: Option<Metadata>,
-}
-
-/// An append on its way. Resolves once it is durable, or was refused. Dropping it changes nothing about the append.
-#[must_use = "the outcome is only known when this resolves"]
-pub struct Pending {
-    entity: EntityHash,
-    outcome: oneshot::Receiver<Result<Version, AppendError>>,
-}
-
-impl Future for Pending {
-    type Output = Result<Version, AppendError>;
-
-    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
-        Pin::new(&mut self.outcome).poll(context).map(|received| match received {
-            Ok(outcome) => outcome,
-            Err(_) => Err(AppendError::Unknown { entity: self.entity, detail: "its actor stopped".to_owned() }),
-        })
-    }
-}
-
-impl<'a> Append<'a> {
-    /// Refuses the append unless the entity is at this version, [`Version(0)`](Version) for one that has no events.
-    pub fn expecting(mut self, version: Version) -> Self {
-        self.expected = Some(version);
-        self
-    }
-
-    /// Keeps this beside the events, sealed with them.
-    pub fn metadata(mut self, metadata: Metadata) -> Self {
-        self.metadata = Some(metadata);
-        self
-    }
-
-    /// Sends the append and returns as soon as it has its place in the entity's order; appends submitted one after the other are
-    /// decided in that order and share disk syncs.
-    ///
-    /// # Errors
-    /// It was refused before it was sent, or there is too much on the way already.
-    /// # Cancel safety
-    /// Cancel safe until the entity is found: if the future is dropped before it returns, nothing was sent.
-    pub async fn submit(self) -> Result<Pending, AppendError> {
-        let (events, decoded) = self.prepared?;
-        self.handle.submit(events, decoded, self.expected, self.metadata).await
-    }
-}
-
-impl<'a> IntoFuture for Append<'a> {
-    type Output = Result<Version, AppendError>;
-    type IntoFuture = Pin<Box<dyn Future<Output = Self::Output> + Send + 'a>>;
-
-    fn into_future(self) -> Self::IntoFuture {
-        Box::pin(async move { self.submit().await?.await })
-    }
-}
-
 impl<E: Entity> Handle<E> {
     pub(crate) fn new(raw: RawHandle) -> Self {
         Handle { raw, entity: PhantomData }
@@ -194,8 +187,18 @@ impl<E: Entity> Handle<E> {
         let events = events.into_iter();
         let mut encoder = EventEncoder::expecting(self.raw.store.limits, events.size_hint().0);
         let decoded = events.map(|event| encoder.typed::<E>(&event)).collect::<Result<Vec<E::Event>, _>>();
-        let prepared = decoded.and_then(|decoded| Ok((encoder.finish()?, Box::new(decoded) as Decoded)));
-        Append { handle: &self.raw, prepared, expected: None, metadata: None }
+        Append::new(&self.raw, decoded.and_then(|decoded| Ok((encoder.finish()?, Box::new(decoded) as Decoded))))
+    }
+
+    /// Lets a command decide on the entity's newest state. Await it: it returns the command's events once they are durable.
+    ///
+    /// # Errors
+    /// [`ExecuteError::Rejected`](crate::ExecuteError): the command's own answer. Everything else as for [`Handle::append`].
+    /// # Cancel safety
+    /// Not cancel safe: if the future is dropped the outcome is unknown. With an [idempotency key](Execute::idempotency_key) it can
+    /// be asked again.
+    pub fn execute<C: Command<E>>(&self, command: C) -> Execute<'_, E, C> {
+        Execute::new(&self.raw, command)
     }
 
     /// The durable state, from memory: it waits for the disk only for the first use of the entity and for appends that this very
@@ -206,11 +209,53 @@ impl<E: Entity> Handle<E> {
     /// # Cancel safety
     /// Cancel safe.
     pub async fn read(&self) -> Result<Current<E>, ReadError> {
-        let Durable { state, version } = self.raw.durable().await?;
-        match Arc::downcast(state) {
-            Ok(state) => Ok(Current { state, version }),
-            Err(_) => Err(Refused::KindMismatch { kind: E::KIND.to_owned() }.into()),
-        }
+        Current::new(self.raw.durable().await?)
+    }
+
+    /// The entity as it was when it had `version` events.
+    ///
+    /// # Errors
+    /// [`Refused::NoSuchVersion`] if it does not have so many; [`ReadError`] if it cannot be read.
+    /// # Cancel safety
+    /// Cancel safe.
+    pub async fn at_version(&self, version: Version) -> Result<Current<E>, ReadError> {
+        Current::new(self.raw.past(Until::Version(version.0)).await?)
+    }
+
+    /// The entity as it was at this time: with all that was committed up to it. Commit times never decrease within an entity, also
+    /// where the clock was set back. Before its first event it is in its default state, at version 0.
+    ///
+    /// # Errors
+    /// The entity cannot be read.
+    /// # Cancel safety
+    /// Cancel safe.
+    pub async fn at(&self, time: SystemTime) -> Result<Current<E>, ReadError> {
+        Current::new(self.raw.past(Until::Time(micros(time))).await?)
+    }
+
+    /// What differs between the entity's states at two versions, by their serialized form.
+    ///
+    /// # Errors
+    /// As [`Handle::at_version`], or a state has no JSON form.
+    /// # Cancel safety
+    /// Cancel safe.
+    pub async fn diff(&self, from: Version, to: Version) -> Result<Diff, ReadError> {
+        self.raw.diff(from, to).await
+    }
+
+    /// The entity's stored events with these versions. See [`RawHandle::history`].
+    pub fn history(&self, versions: impl RangeBounds<u64>, direction: Direction) -> History {
+        self.raw.history(versions, direction)
+    }
+
+    /// What became of the request with this idempotency key. See [`RawHandle::outcome`].
+    ///
+    /// # Errors
+    /// The entity cannot be read, or the key is refused.
+    /// # Cancel safety
+    /// Cancel safe.
+    pub async fn outcome(&self, key: impl AsRef<[u8]>) -> Result<Outcome, ReadError> {
+        self.raw.outcome(key).await
     }
 
     /// The same entity without its type.
@@ -240,7 +285,7 @@ impl RawHandle {
     /// # Cancel safety
     /// Not cancel safe: if the future is dropped the outcome is unknown.
     pub fn append_all(&self, events: impl IntoIterator<Item = NewEvent>) -> Append<'_> {
-        Append { handle: self, prepared: self.prepare(events), expected: None, metadata: None }
+        Append::new(self, self.prepare(events))
     }
 
     /// Appends one event. See [`Handle::append`].
@@ -260,15 +305,83 @@ impl RawHandle {
     /// # Cancel safety
     /// Cancel safe.
     pub async fn read(&self) -> Result<(serde_json::Value, Version), ReadError> {
-        let Durable { state, version } = self.durable().await?;
-        let json = self.who()?.kind.json(&state);
-        let json =
-            json.map_err(|error| Refused::Undecodable { event: "the state".to_owned(), detail: error.to_string() })?;
-        Ok((json, version))
+        self.json(self.durable().await?)
     }
 
-    /// Stored events with these versions, oldest first, at most `events_max` of them (and the rest of the last commit's). They are
-    /// listed even where the kind cannot fold them.
+    /// The state as JSON as it was when the entity had `version` events. See [`Handle::at_version`].
+    ///
+    /// # Errors
+    /// As [`Handle::at_version`], or the state has no JSON form.
+    /// # Cancel safety
+    /// Cancel safe.
+    pub async fn at_version(&self, version: Version) -> Result<(serde_json::Value, Version), ReadError> {
+        self.json(self.past(Until::Version(version.0)).await?)
+    }
+
+    /// The state as JSON as it was at this time, with its version. See [`Handle::at`].
+    ///
+    /// # Errors
+    /// As [`Handle::at`], or the state has no JSON form.
+    /// # Cancel safety
+    /// Cancel safe.
+    pub async fn at(&self, time: SystemTime) -> Result<(serde_json::Value, Version), ReadError> {
+        self.json(self.past(Until::Time(micros(time))).await?)
+    }
+
+    /// What differs between the entity's states at two versions. See [`Handle::diff`].
+    ///
+    /// # Errors
+    /// As [`RawHandle::at_version`].
+    /// # Cancel safety
+    /// Cancel safe.
+    pub async fn diff(&self, from: Version, to: Version) -> Result<Diff, ReadError> {
+        let (before, _) = self.at_version(from).await?;
+        let (after, _) = self.at_version(to).await?;
+        Ok(Diff { from, to, changes: time_travel::changes(before, &after) })
+    }
+
+    /// The stored events with these versions, in either direction, as a stream. It reads a page at a time, and no further than it is
+    /// asked to, so that memory stays bounded however long the history is. Events appended meanwhile may or may not be seen.
+    ///
+    /// They are listed even where the kind's type does not know them, in the shape of the current schema version.
+    ///
+    /// ```
+    /// # use kuma_core::{Direction, Kuma, NewEvent, Options};
+    /// # use serde_json::json;
+    /// # #[tokio::main]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let dir = tempfile::tempdir()?;
+    /// # let kuma = Kuma::start(Options::new(dir.path())).await?;
+    /// let order = kuma.raw("order", "7");
+    /// order.append(NewEvent::json("Placed", &json!({"total": 5}))?).await?;
+    /// let mut newest_first = order.history(.., Direction::Backward);
+    /// while let Some(event) = newest_first.next().await {
+    ///     let event = event?;
+    ///     println!("{} {} {}", event.version, event.name, event.json()?);
+    /// }
+    /// # kuma.shutdown().await;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn history(&self, versions: impl RangeBounds<u64>, direction: Direction) -> History {
+        History::of(self.clone(), versions, direction)
+    }
+
+    /// What became of the append or command with this idempotency key.
+    ///
+    /// [`Outcome::NeverSeen`] is not final: a request that was sent may still arrive. Whoever has to know for certain sends the request
+    /// again, with the same key.
+    ///
+    /// # Errors
+    /// The entity cannot be read, or the key is refused.
+    /// # Cancel safety
+    /// Cancel safe.
+    pub async fn outcome(&self, key: impl AsRef<[u8]>) -> Result<Outcome, ReadError> {
+        let key = retry::check(key.as_ref())?;
+        self.ask(|reply| EntityMessage::Outcome { key: key.into(), reply }).await
+    }
+
+    /// The first `events_max` of the stored events with these versions, oldest first: the beginning of [`RawHandle::history`].
     ///
     /// # Errors
     /// The entity cannot be read.
@@ -279,19 +392,14 @@ impl RawHandle {
         versions: impl RangeBounds<u64>,
         events_max: usize,
     ) -> Result<Vec<RecordedEvent>, ReadError> {
-        let Who { identity, .. } = self.who()?;
-        let core = self.store.core(identity)?;
-        let entity = identity.hash;
-        let unreadable = |cause| Unavailable::Unreadable { entity, cause };
-        let opener = match self.ask(|reply| EntityMessage::Open { reply }).await {
-            // What cannot be folded can still be listed.
-            Err(ReadError::Unavailable(Unavailable::Unreadable { .. } | Unavailable::Quarantined { .. })) => {
-                crate::replay::find(core, identity).await.map_err(unreadable)?
-            }
-            opener => opener?,
-        };
-        let Some(opener) = opener else { return Ok(Vec::new()) };
-        read_events(core, &opener, versions, events_max).await.map_err(|cause| unreadable(cause).into())
+        let mut history = self.history(versions, Direction::Forward);
+        let mut events = Vec::new();
+        while events.len() < events_max
+            && let Some(event) = history.try_next().await?
+        {
+            events.push(event);
+        }
+        Ok(events)
     }
 
     /// Takes the entity out of memory after all it was asked is done; its next use replays it. Kuma does this by itself.
@@ -314,37 +422,67 @@ impl RawHandle {
         let encoded = encoder.finish()?;
         let body = encoded.body(None).map_err(|error| undecodable(kind.name(), error.to_string()))?;
         let body = Body::parse(&body).map_err(|error| undecodable(kind.name(), error.to_string()))?;
-        let items: Vec<&[u8]> = body.events.iter().map(|(_, event)| &***event).collect();
+        let items: Vec<(u32, &Bytes)> = body.events;
         // What the kind cannot read back is never written.
         let decoded = kind.decode(&items).map_err(|error| undecodable(&error.event, error.detail))?;
         Ok((encoded, decoded))
     }
 
-    fn who(&self) -> Result<&Who, Refused> {
+    pub(crate) fn who(&self) -> Result<&Who, Refused> {
         self.who.as_ref().map_err(|refused| (**refused).clone())
     }
 
-    async fn submit(
-        &self,
-        events: EncodedEvents,
-        decoded: Decoded,
-        expected: Option<Version>,
-        metadata: Option<Metadata>,
-    ) -> Result<Pending, AppendError> {
+    pub(crate) fn core(&self) -> Result<&Arc<ShardCore>, ReadError> {
+        Ok(self.store.core(&self.who()?.identity)?)
+    }
+
+    pub(crate) fn limits(&self) -> Limits {
+        self.store.limits
+    }
+
+    /// Hands a write to the entity's actor. Where the answer will come from, and for which entity.
+    pub(crate) async fn submit(&self, write: Write) -> Result<Answer, AppendError> {
+        let sequence = write.sequence.clone();
+        let submitted = self.submit_unless_broken(write).await;
+        if let (Err(_), Some(sequence)) = (&submitted, sequence) {
+            sequence.break_off();
+        }
+        submitted
+    }
+
+    async fn submit_unless_broken(&self, write: Write) -> Result<Answer, AppendError> {
+        let Write { content, expected, metadata, retry, sequence } = write;
         let Who { identity, .. } = self.who()?;
         let core = self.store.core(identity)?;
         let entity = identity.hash;
+        let (bytes, events) = match &content {
+            Content::Events(events, _) => (events.bytes, Some(events.count)),
+            // What it decides is added once it is known.
+            Content::Command(_) => (0, None),
+        };
+        let span = tracing::debug_span!(
+            target: "kuma::append", "append", %entity, slot = %identity.slot, shard = core.shard.number(), events, bytes,
+            result = tracing::field::Empty,
+        );
         let overloaded = |place: String| Unavailable::Overloaded { place, retry_after: RETRY_AFTER };
-        let shard_room = core.shard.budget().take(events.bytes + APPEND_BYTES);
+        let shard_room = core.shard.budget().take(bytes + APPEND_BYTES);
         let shard_room = shard_room.ok_or_else(|| overloaded(format!("for shard {}", core.shard.number())))?;
-        let mut live = self.route(core).await?;
+        let mut live = self.route(core).instrument(span.clone()).await?;
         let entity_room = live.appends.take(1).ok_or_else(|| overloaded(format!("for entity {entity}")))?;
         let (caller, outcome) = oneshot::channel();
-        let reply = AppendReply { caller, held: (shard_room, entity_room, self.own.enter()) };
-        let mut message = EntityMessage::Append(Box::new(AppendRequest { events, decoded, expected, metadata, reply }));
+        let answer = Answer { entity, has_key: retry.is_some(), outcome };
+        let reply = WriteReply {
+            caller,
+            held: (shard_room, entity_room, self.own.enter()),
+            sequence,
+            span,
+            metrics: core.metrics.clone(),
+            started: Instant::now(),
+        };
+        let mut message = EntityMessage::Write(Box::new(WriteRequest { content, expected, metadata, retry, reply }));
         for attempt in 0..ROUTES_MAX {
             match live.actor.cast(message) {
-                Ok(()) => return Ok(Pending { entity, outcome }),
+                Ok(()) => return Ok(answer),
                 // It left, and did not take the message: find the next one.
                 Err(MessagingErr::SendErr(back)) => {
                     message = back;
@@ -354,6 +492,51 @@ impl RawHandle {
             }
         }
         Err(Unavailable::Interrupted { entity }.into())
+    }
+
+    /// The entity as it was.
+    async fn past(&self, until: Until) -> Result<Durable, ReadError> {
+        let Who { kind, identity } = self.who()?;
+        let core = self.core()?;
+        let entity = identity.hash;
+        let unreadable = |cause| ReadError::from(Unavailable::Unreadable { entity, cause });
+        let past = match self.opener().await? {
+            Some(opener) => replay::past(core, &**kind, &opener, until).await,
+            None => replay::Past::first(&**kind),
+        };
+        let past = past.map_err(unreadable)?;
+        match until {
+            Until::Version(asked) if past.version < asked => {
+                let (asked, newest) = (Version(asked), Version(past.version));
+                Err(Refused::NoSuchVersion { entity, asked, newest }.into())
+            }
+            _ => Ok(Durable { state: past.state, version: Version(past.version) }),
+        }
+    }
+
+    /// What it takes to read the entity's events; none if it has none. It is not brought into memory for it.
+    pub(crate) async fn opener(&self) -> Result<Option<Opener>, ReadError> {
+        let Who { identity, .. } = self.who()?;
+        let core = self.core()?;
+        let entity = identity.hash;
+        // A live entity has its key unwrapped.
+        if let Some(live) = core.live(entity) {
+            let (reply, answer) = oneshot::channel();
+            if live.actor.cast(EntityMessage::Open { reply }).is_ok()
+                && let Ok(Ok(opener)) = answer.await
+            {
+                return Ok(opener);
+            }
+        }
+        // What cannot be folded can still be listed.
+        replay::find(core, identity).await.map_err(|cause| Unavailable::Unreadable { entity, cause }.into())
+    }
+
+    fn json(&self, Durable { state, version }: Durable) -> Result<(serde_json::Value, Version), ReadError> {
+        let json = self.who()?.kind.json(&state);
+        let json =
+            json.map_err(|error| Refused::Undecodable { event: "the state".to_owned(), detail: error.to_string() })?;
+        Ok((json, version))
     }
 
     async fn durable(&self) -> Result<Durable, ReadError> {
@@ -415,75 +598,4 @@ impl RawHandle {
 
 fn undecodable(event: &str, detail: String) -> Refused {
     Refused::Undecodable { event: event.to_owned(), detail }
-}
-
-/// Reads events through a page at a time.
-async fn read_events(
-    core: &ShardCore,
-    opener: &Opener,
-    versions: impl RangeBounds<u64>,
-    events_max: usize,
-) -> Result<Vec<RecordedEvent>, crate::ReplayError> {
-    use std::ops::Bound;
-    let first = match versions.start_bound() {
-        Bound::Included(first) => *first,
-        Bound::Excluded(before) => before + 1,
-        Bound::Unbounded => 1,
-    };
-    let mut events = Vec::new();
-    // Commits have no fixed length: start at the newest one that begins at or before the first version wanted.
-    let mut after = core.shard.commit_before(&opener.row, first).await?.saturating_sub(1);
-    'pages: loop {
-        let rows = opener.page(&core.shard, after, 64).await?;
-        let Some(last) = rows.last() else { break };
-        after = last.version + u64::from(last.count) - 1;
-        for row in &rows {
-            let plaintext = opener.open(row)?;
-            let at = UNIX_EPOCH + Duration::from_micros(row.at_us.max(0).unsigned_abs());
-            events.extend(
-                decode_row(row.version, at, &plaintext, &opener.row.kind)?
-                    .into_iter()
-                    .filter(|event| versions.contains(&event.version.0)),
-            );
-            let beyond = match versions.end_bound() {
-                Bound::Included(end) => row.version > *end,
-                Bound::Excluded(end) => row.version >= *end,
-                Bound::Unbounded => false,
-            };
-            if beyond || events.len() >= events_max {
-                break 'pages;
-            }
-        }
-    }
-    Ok(events)
-}
-
-/// The events of one commit.
-fn decode_row(
-    first: u64,
-    at: SystemTime,
-    plaintext: &[u8],
-    kind: &str,
-) -> Result<Vec<RecordedEvent>, crate::ReplayError> {
-    let version = Version(first);
-    let undecodable = |detail: String| crate::ReplayError::Undecodable {
-        kind: kind.to_owned(),
-        event: String::new(),
-        version,
-        detail,
-    };
-    let body = Body::parse(plaintext).map_err(|error| undecodable(error.to_string()))?;
-    let metadata = &body.metadata;
-    let event = |(version, (schema, event)): (u64, &(u32, &serde_bytes::Bytes))| {
-        let (name, data) = split(event).ok_or_else(|| undecodable("it has no name".to_owned()))?;
-        Ok(RecordedEvent {
-            version: Version(version),
-            name: name.to_owned(),
-            schema: *schema,
-            at,
-            metadata: metadata.clone(),
-            data: data.to_owned(),
-        })
-    };
-    (first..).zip(&body.events).map(event).collect()
 }

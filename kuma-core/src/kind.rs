@@ -2,14 +2,18 @@
 
 use std::{
     any::{Any, TypeId},
+    borrow::Cow,
     marker::PhantomData,
     panic::{AssertUnwindSafe, catch_unwind},
-    sync::Arc,
+    sync::{Arc, OnceLock},
 };
 
+use serde_bytes::Bytes;
+
 use crate::{
-    Entity,
+    Entity, Refused, Upcasters,
     body::{self, split},
+    snapshot,
 };
 
 /// A state whose type only its kind knows. Shared with readers; changed in place where nobody else holds it.
@@ -30,25 +34,39 @@ pub(crate) trait Kind: Send + Sync + 'static {
     /// The Rust type, if there is one.
     fn rust_type(&self) -> Option<TypeId>;
     fn initial(&self) -> State;
-    /// Decodes `events`, each `{name: data}`.
-    fn decode(&self, events: &[&[u8]]) -> Result<Decoded, Undecodable>;
+    /// A stored event of a schema version, `{name: data}`, as this kind's code reads it, with its version then. Runs user code.
+    fn upcast<'a>(&self, schema: u32, event: &'a [u8]) -> Result<(u32, Cow<'a, [u8]>), Undecodable>;
+    /// Decodes stored events, each with its schema version, upcasting them first. Runs user code.
+    fn decode(&self, events: &[(u32, &Bytes)]) -> Result<Decoded, Undecodable>;
     /// Runs user code: it may panic, and then `state` is not to be used again.
     fn apply(&self, state: &mut State, events: &Decoded);
     /// A copy that shares nothing with `state`. Runs user code.
     fn copy(&self, state: &State) -> State;
     fn json(&self, state: &State) -> Result<serde_json::Value, serde_json::Error>;
     fn memory_bytes(&self, state: &State) -> usize;
+    /// Names the shape of the states that this code saves and restores; none where that cannot be told. Runs user code.
+    fn state_schema(&self) -> Option<u64>;
+    /// The state as MessagePack. Runs user code.
+    fn save(&self, state: &State) -> Result<Vec<u8>, rmp_serde::encode::Error>;
+    /// The inverse of [`Kind::save`]. Runs user code.
+    fn restore(&self, bytes: &[u8]) -> Result<State, rmp_serde::decode::Error>;
 }
 
 /// A kind with a Rust type.
 pub(crate) struct TypedKind<E> {
     name: Arc<str>,
+    upcasters: Upcasters,
+    state_schema: OnceLock<Option<u64>>,
     entity: PhantomData<fn() -> E>,
 }
 
 impl<E: Entity> TypedKind<E> {
-    pub(crate) fn new() -> Self {
-        TypedKind { name: E::KIND.into(), entity: PhantomData }
+    pub(crate) fn new() -> Result<Self, Refused> {
+        let upcasters = E::upcasters();
+        if let Some(reason) = upcasters.misplaced(E::SCHEMA) {
+            return Err(Refused::Upcasters { kind: E::KIND.to_owned(), reason });
+        }
+        Ok(TypedKind { name: E::KIND.into(), upcasters, state_schema: OnceLock::new(), entity: PhantomData })
     }
 }
 
@@ -73,10 +91,15 @@ impl<E: Entity> Kind for TypedKind<E> {
         Arc::new(E::default())
     }
 
-    fn decode(&self, events: &[&[u8]]) -> Result<Decoded, Undecodable> {
-        let decode = |event: &&[u8]| {
-            body::decode_typed::<E>(event).map_err(|error| Undecodable {
-                event: split(event).map(|(name, _)| name.to_owned()).unwrap_or_default(),
+    fn upcast<'a>(&self, schema: u32, event: &'a [u8]) -> Result<(u32, Cow<'a, [u8]>), Undecodable> {
+        self.upcasters.run(E::SCHEMA, schema, event).map_err(|(event, detail)| Undecodable { event, detail })
+    }
+
+    fn decode(&self, events: &[(u32, &Bytes)]) -> Result<Decoded, Undecodable> {
+        let decode = |(schema, event): &(u32, &Bytes)| {
+            let (_, event) = self.upcast(*schema, event)?;
+            body::decode_typed::<E>(&event).map_err(|error| Undecodable {
+                event: split(&event).map(|(name, _)| name.to_owned()).unwrap_or_default(),
                 detail: error.to_string(),
             })
         };
@@ -106,6 +129,18 @@ impl<E: Entity> Kind for TypedKind<E> {
         // Only an estimate: nobody's call is worth failing for it.
         catch_unwind(AssertUnwindSafe(|| state.memory_bytes())).unwrap_or(size_of::<E>())
     }
+
+    fn state_schema(&self) -> Option<u64> {
+        *self.state_schema.get_or_init(|| snapshot::state_schema::<E>())
+    }
+
+    fn save(&self, state: &State) -> Result<Vec<u8>, rmp_serde::encode::Error> {
+        rmp_serde::to_vec_named(known::<E>(state.downcast_ref()))
+    }
+
+    fn restore(&self, bytes: &[u8]) -> Result<State, rmp_serde::decode::Error> {
+        Ok(Arc::new(rmp_serde::from_slice::<E>(bytes)?))
+    }
 }
 
 /// A kind without Rust code: the state is one JSON document, and each event's data is merged into it (RFC 7396).
@@ -132,8 +167,12 @@ impl Kind for DocumentKind {
         Arc::new(serde_json::Value::Object(serde_json::Map::new()))
     }
 
-    fn decode(&self, events: &[&[u8]]) -> Result<Decoded, Undecodable> {
-        let decode = |event: &&[u8]| {
+    fn upcast<'a>(&self, schema: u32, event: &'a [u8]) -> Result<(u32, Cow<'a, [u8]>), Undecodable> {
+        Ok((schema, Cow::Borrowed(event)))
+    }
+
+    fn decode(&self, events: &[(u32, &Bytes)]) -> Result<Decoded, Undecodable> {
+        let decode = |(_, event): &(u32, &Bytes)| {
             let (name, data) =
                 split(event).ok_or_else(|| Undecodable { event: String::new(), detail: "it has no name".into() })?;
             rmp_serde::from_slice(data)
@@ -162,6 +201,18 @@ impl Kind for DocumentKind {
 
     fn memory_bytes(&self, state: &State) -> usize {
         document_bytes(known(state.downcast_ref()))
+    }
+
+    fn state_schema(&self) -> Option<u64> {
+        Some(snapshot::DOCUMENT_SCHEMA)
+    }
+
+    fn save(&self, state: &State) -> Result<Vec<u8>, rmp_serde::encode::Error> {
+        rmp_serde::to_vec_named(known::<serde_json::Value>(state.downcast_ref()))
+    }
+
+    fn restore(&self, bytes: &[u8]) -> Result<State, rmp_serde::decode::Error> {
+        Ok(Arc::new(rmp_serde::from_slice::<serde_json::Value>(bytes)?))
     }
 }
 

@@ -39,35 +39,58 @@
 //! What is promised: docs/guarantees.md. How it is built: docs/architecture.md.
 
 mod actor;
+mod append;
 mod body;
+mod command;
 mod entity;
 mod error;
+mod evolution;
+mod execute;
 mod handle;
+mod history;
 mod identity;
 mod kind;
 mod live;
+mod observe;
 mod options;
 mod replay;
 mod reply;
 mod restart;
+mod retry;
 mod root;
+mod scrub;
+mod sequence;
 mod shard_core;
+mod snapshot;
+mod snapshotter;
 mod store;
 mod supervisor;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
+mod time_travel;
 mod vault;
 mod verify;
 
+pub use append::{Append, Appended, Pending};
+pub use command::{Command, ExecuteError, Executed};
 pub use entity::{Entity, Metadata, NewEvent, RecordedEvent, Version};
 pub use error::{AppendError, ReadError, Refused, ReplayError, StartError, Unavailable, VaultError};
-pub use handle::{Append, Current, Handle, Pending, RawHandle};
+pub use evolution::Upcasters;
+pub use execute::{Execute, Executing};
+pub use handle::{Current, Handle, RawHandle};
+pub use history::{Direction, History};
 pub use identity::slot_of;
 pub use kuma_crypto::{LocalMasterKey, MasterKey, MasterKeyError};
 pub use kuma_shard::{
     CommitError, DataDirError, Durability, EntityHash, NotWritten, OpenError, ShardReport, Slot, StatsView,
 };
 pub use options::{MasterKeySource, Options};
+pub use retry::Outcome;
+pub use scrub::ScrubStats;
+pub use sequence::Sequence;
 pub use store::{Kuma, ShardStats, Stats};
-pub use verify::{ShardVerification, Verification};
+pub use time_travel::{Change, Diff};
+pub use verify::{EventName, ShardVerification, Verification};
 
 /// Microseconds since 1970; what lies before is 0.
 pub(crate) fn micros(at: std::time::SystemTime) -> i64 {

@@ -8,7 +8,7 @@
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed},
+        atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering::Relaxed},
     },
     time::{Duration, Instant},
 };
@@ -60,6 +60,7 @@ impl Live {
 pub(crate) struct Usage {
     used_at_ms: AtomicU64,
     state_bytes: AtomicUsize,
+    snapshot_bytes: AtomicU32,
 }
 
 impl Usage {
@@ -73,6 +74,15 @@ impl Usage {
 
     pub(crate) fn set_state_bytes(&self, bytes: usize) {
         self.state_bytes.store(bytes, Relaxed);
+    }
+
+    /// The size of the newest snapshot; 0 if there is none.
+    pub(crate) fn snapshot_bytes(&self) -> usize {
+        self.snapshot_bytes.load(Relaxed) as usize
+    }
+
+    pub(crate) fn set_snapshot_bytes(&self, bytes: usize) {
+        self.snapshot_bytes.store(u32::try_from(bytes).unwrap_or(u32::MAX), Relaxed);
     }
 
     /// What an idle actor takes, measured (docs/architecture.md), and its state.

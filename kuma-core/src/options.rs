@@ -3,13 +3,13 @@
 use std::{
     path::{Path, PathBuf},
     sync::Arc,
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use kuma_crypto::{LocalMasterKey, MasterKey, MasterKeyError};
 use kuma_shard::Durability;
 
-use crate::{StartError, body::Limits, restart::RestartPolicy};
+use crate::{StartError, body::Limits, restart::RestartPolicy, snapshot::SnapshotPolicy};
 
 /// Where the master key comes from.
 #[derive(Clone, Debug)]
@@ -38,6 +38,26 @@ pub struct Options {
     pub(crate) entity_appends_max: usize,
     pub(crate) shard_bytes_max: usize,
     pub(crate) restart: RestartPolicy,
+    pub(crate) snapshots: Option<SnapshotPolicy>,
+    pub(crate) scrub_bytes_per_second: u64,
+    pub(crate) wall_clock: WallClock,
+}
+
+/// What tells the time of commits.
+#[derive(Clone)]
+pub(crate) struct WallClock(Arc<dyn Fn() -> SystemTime + Send + Sync>);
+
+impl WallClock {
+    /// Microseconds since 1970.
+    pub(crate) fn now_us(&self) -> i64 {
+        crate::micros((self.0)())
+    }
+}
+
+impl std::fmt::Debug for WallClock {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("WallClock")
+    }
 }
 
 /// At most this many files: each is a writer with a group of its own, and more of them make groups smaller.
@@ -63,6 +83,9 @@ impl Options {
                 window: Duration::from_secs(60),
                 quarantine: Duration::from_secs(300),
             },
+            snapshots: Some(SnapshotPolicy { commits: 256, bytes: 1 << 20 }),
+            scrub_bytes_per_second: 1 << 20,
+            wall_clock: WallClock(Arc::new(SystemTime::now)),
         }
     }
 
@@ -132,6 +155,32 @@ impl Options {
     /// An entity that fails `failures_max` times within `window` is quarantined for `quarantine`. Default: 3, 1 minute, 5 minutes.
     pub fn quarantine(mut self, failures_max: u32, window: Duration, quarantine: Duration) -> Self {
         self.restart = RestartPolicy { failures_max, window, quarantine };
+        self
+    }
+
+    /// A snapshot of an entity is made when so many commits, or so many bytes of them, would have to be replayed on top of the one
+    /// before; of a large state less often, so that no more is written than was appended. Default: 256 commits, 1 MiB.
+    pub fn snapshot_every(mut self, commits: u64, bytes: u64) -> Self {
+        self.snapshots = Some(SnapshotPolicy { commits: commits.max(1), bytes: bytes.max(1) });
+        self
+    }
+
+    /// Makes no snapshots and uses none that are there: entities are replayed from their first event.
+    pub fn no_snapshots(mut self) -> Self {
+        self.snapshots = None;
+        self
+    }
+
+    /// How fast stored commits are read and verified in the background, in bytes of them a second; 0 turns it off. Default: 1 MiB/s,
+    /// which is 86 GiB a day.
+    pub fn scrub_bytes_per_second(mut self, bytes: u64) -> Self {
+        self.scrub_bytes_per_second = bytes;
+        self
+    }
+
+    /// What tells the time of commits, instead of the system's clock. For tests.
+    pub fn wall_clock(mut self, now: impl Fn() -> SystemTime + Send + Sync + 'static) -> Self {
+        self.wall_clock = WallClock(Arc::new(now));
         self
     }
 

@@ -1,8 +1,9 @@
-//! Replay: rebuilding an entity from what is stored.
+//! Replay: rebuilding an entity from what is stored, as it is now or as it was.
 //!
 //! Invariants:
 //! - Every row is verified (checksum), opened (its place is under the AEAD) and found in its place (versions are dense) before it
 //!   is folded in. A fault is a typed error that names the version; nothing is guessed.
+//! - A snapshot only saves work: the commit that it ends with must stand in the log, and everything behind it is replayed.
 //! - Memory is bounded by a page of rows, whatever the length of the history.
 
 use std::{
@@ -10,7 +11,7 @@ use std::{
     sync::Arc,
 };
 
-use kuma_crypto::{CommitPlace, DataKey, IdHash, KeyId, open_commit, open_id};
+use kuma_crypto::{AppendKeyHash, CommitPlace, DataKey, IdHash, KeyId, hash_append_key, open_commit, open_id};
 use kuma_shard::{CopyId, EntityRow, LogRow, Shard};
 
 use crate::{
@@ -19,6 +20,7 @@ use crate::{
     identity::Identity,
     kind::{Kind, State},
     shard_core::ShardCore,
+    snapshot::{self, Misfit, ReplayCost, Restored},
 };
 
 /// The first page is small: most entities are. The next ones follow the size of what was read.
@@ -35,9 +37,33 @@ pub(crate) struct Opener {
 pub(crate) struct Replayed {
     /// None for an entity that was never written.
     pub(crate) opener: Option<Opener>,
+    pub(crate) past: Past,
+    /// What it would cost to do it again.
+    pub(crate) cost: ReplayCost,
+    /// Of the snapshot that it began with; 0 without one.
+    pub(crate) snapshot_bytes: usize,
+    /// Whether there is a snapshot that did not fit.
+    pub(crate) misfit: bool,
+}
+
+/// An entity as it is or was.
+pub(crate) struct Past {
     pub(crate) state: State,
     pub(crate) version: u64,
+    /// When its newest commit was made; 0 if there is none.
     pub(crate) at_us: i64,
+    /// The first version of that commit; 0 if there is none.
+    pub(crate) last_first: u64,
+}
+
+/// How far to go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Until {
+    Now,
+    /// The state that this many events made.
+    Version(u64),
+    /// The state as of this time, in microseconds since 1970: all commits up to it.
+    Time(i64),
 }
 
 /// Rebuilds the entity.
@@ -55,10 +81,10 @@ async fn find_and_fold(
     kind: &dyn Kind,
     identity: &Identity,
 ) -> Result<Option<Replayed>, ReplayError> {
-    let entity = identity.hash;
-    let initial = || catch_unwind(AssertUnwindSafe(|| kind.initial())).map_err(|_| panicked(kind, Version(0)));
-    let Some(mut row) = core.shard.find_entity(CopyId::GENESIS, entity).await? else {
-        return Ok(Some(Replayed { opener: None, state: initial()?, version: 0, at_us: 0 }));
+    let Some(mut row) = core.shard.find_entity(CopyId::GENESIS, identity.hash).await? else {
+        let past = Past::first(kind)?;
+        let cost = ReplayCost::default();
+        return Ok(Some(Replayed { opener: None, past, cost, snapshot_bytes: 0, misfit: false }));
     };
     if row.erased_at_us.is_some() {
         return Ok(None);
@@ -67,27 +93,156 @@ async fn find_and_fold(
         // One allocation for all entities of the kind.
         row.kind = kind.name().clone();
     }
-    let key = core.vault.key(entity, KeyId(row.key_id)).await?;
+    let key = core.vault.key(identity.hash, KeyId(row.key_id)).await?;
     let opener = Opener { row: Arc::new(row.without_id()), key };
-    let (mut state, mut version, mut at_us) = (initial()?, 0, 0);
+    let Folded { past, cost, snapshot_bytes, misfit } = fold_until(core, kind, &opener, Until::Now).await?;
+    Ok(Some(Replayed { opener: Some(opener), past, cost, snapshot_bytes, misfit }))
+}
+
+/// The entity's state as far as `until`.
+pub(crate) async fn past(
+    core: &ShardCore,
+    kind: &dyn Kind,
+    opener: &Opener,
+    until: Until,
+) -> Result<Past, ReplayError> {
+    fold_until(core, kind, opener, until).await.map(|folded| folded.past)
+}
+
+struct Folded {
+    past: Past,
+    cost: ReplayCost,
+    snapshot_bytes: usize,
+    misfit: bool,
+}
+
+async fn fold_until(core: &ShardCore, kind: &dyn Kind, opener: &Opener, until: Until) -> Result<Folded, ReplayError> {
+    let mut misfit = false;
+    let restored = match restore(core, kind, opener).await {
+        Ok(restored) => restored.filter(|restored| until.may_begin_at(restored.version)),
+        Err(why) => {
+            core.metrics.snapshot_ignored(why);
+            tracing::info!(entity = %opener.row.id_hash, shard = core.shard.number(), why = why.as_str(), "a snapshot does not fit and is ignored");
+            misfit = true;
+            None
+        }
+    };
+    if let Some(restored) = restored {
+        let snapshot_bytes = restored.bytes;
+        match fold_from(core, kind, opener, until, Some(restored)).await? {
+            Some((past, cost)) => return Ok(Folded { past, cost, snapshot_bytes, misfit }),
+            // It is of a later time than asked for, or the log does not know of it.
+            None => misfit = until == Until::Now,
+        }
+    }
+    let folded = fold_from(core, kind, opener, until, None).await?;
+    let (past, cost) = match folded {
+        Some(folded) => folded,
+        None => (Past::first(kind)?, ReplayCost::default()),
+    };
+    Ok(Folded { past, cost, snapshot_bytes: 0, misfit })
+}
+
+/// The entity's snapshot, if there is one.
+async fn restore(core: &ShardCore, kind: &dyn Kind, opener: &Opener) -> Result<Option<Restored>, Misfit> {
+    if core.settings.snapshots.is_none() {
+        return Ok(None);
+    }
+    let row = core.shard.find_snapshot(opener.row.eid).await.map_err(|_| Misfit::Unreadable)?;
+    row.map(|row| snapshot::open(kind, opener, &row)).transpose()
+}
+
+/// Folds what follows a snapshot, or everything. None if the snapshot is not one to begin with.
+async fn fold_from(
+    core: &ShardCore,
+    kind: &dyn Kind,
+    opener: &Opener,
+    until: Until,
+    restored: Option<Restored>,
+) -> Result<Option<(Past, ReplayCost)>, ReplayError> {
+    let mut past = Past::first(kind)?;
+    let mut cost = ReplayCost::default();
+    let mut ends_with = None;
+    if let Some(Restored { state, version, last_first, .. }) = restored {
+        // The commit that the snapshot ends with is read once more: it has to be there, and its time is needed.
+        past = Past { state, version: last_first.saturating_sub(1), at_us: 0, last_first };
+        ends_with = Some(version);
+    }
     let mut rows_max = FIRST_PAGE_ROWS;
     loop {
-        let rows = opener.page(&core.shard, version, rows_max).await?;
-        let Some(last) = rows.last() else { break };
-        at_us = last.at_us;
+        let (rows, is_last) = opener.page(&core.shard, past.version, rows_max).await?;
         let bytes: usize = rows.iter().map(|row| row.body.len()).sum();
-        let is_last = rows.len() < rows_max as usize;
         rows_max = next_page_rows(rows.len(), bytes);
         for row in rows {
-            let plaintext = opener.open(&row)?;
-            fold(kind, &mut state, &row, &plaintext)?;
-            version = row.version + u64::from(row.count) - 1;
+            if !until.includes(&row) {
+                // A snapshot of a later time was not the one to begin with.
+                return Ok(ends_with.is_none().then_some((past, cost)));
+            }
+            if let Some(version) = ends_with.take() {
+                if row.version != past.last_first || last_version(&row) != version {
+                    core.metrics.snapshot_ignored(Misfit::NotInLog);
+                    return Ok(None);
+                }
+            } else {
+                let plaintext = opener.open(&row)?;
+                fold(kind, &mut past.state, &row, &plaintext, until.events_of(&row))?;
+                cost.add(row.body.len());
+            }
+            past.version = until.clamp(last_version(&row));
+            past.at_us = row.at_us;
+            past.last_first = row.version;
         }
         if is_last {
             break;
         }
     }
-    Ok(Some(Replayed { opener: Some(opener), state, version, at_us }))
+    if ends_with.is_some() {
+        core.metrics.snapshot_ignored(Misfit::NotInLog);
+        return Ok(None);
+    }
+    Ok(Some((past, cost)))
+}
+
+fn last_version(row: &LogRow) -> u64 {
+    row.version + u64::from(row.count) - 1
+}
+
+impl Past {
+    /// Before the first event.
+    pub(crate) fn first(kind: &dyn Kind) -> Result<Self, ReplayError> {
+        let state = catch_unwind(AssertUnwindSafe(|| kind.initial())).map_err(|_| panicked(kind, Version(0)))?;
+        Ok(Past { state, version: 0, at_us: 0, last_first: 0 })
+    }
+}
+
+impl Until {
+    /// Whether a snapshot of this version may be begun with; of its time that is not known yet.
+    fn may_begin_at(self, version: u64) -> bool {
+        match self {
+            Until::Version(until) => version <= until,
+            Until::Now | Until::Time(_) => true,
+        }
+    }
+
+    fn includes(self, row: &LogRow) -> bool {
+        match self {
+            Until::Now => true,
+            Until::Version(until) => row.version <= until,
+            Until::Time(until) => row.at_us <= until,
+        }
+    }
+
+    /// How many events of a commit count.
+    fn events_of(self, row: &LogRow) -> usize {
+        (self.clamp(last_version(row)) + 1 - row.version) as usize
+    }
+
+    fn clamp(self, version: u64) -> u64 {
+        match self {
+            Until::Version(until) => version.min(until),
+            Until::Now | Until::Time(_) => version,
+        }
+    }
 }
 
 /// What it takes to read the entity's events without folding them; none if it was never written.
@@ -97,7 +252,8 @@ pub(crate) async fn find(core: &ShardCore, identity: &Identity) -> Result<Option
     Ok(Some(Opener { row: Arc::new(row), key }))
 }
 
-fn next_page_rows(rows: usize, bytes: usize) -> u32 {
+/// How many rows make a page, going by those that were read.
+pub(crate) fn next_page_rows(rows: usize, bytes: usize) -> u32 {
     let row_bytes = (bytes / rows.max(1)).max(1);
     // At most 1024.
     (PAGE_BYTES / row_bytes).clamp(1, 1024) as u32
@@ -109,8 +265,18 @@ impl Opener {
         Opener { row: self.row.clone(), key: self.key.clone() }
     }
 
-    /// The next rows after `version`, which follow it without a gap.
-    pub(crate) async fn page(&self, shard: &Shard, version: u64, rows_max: u32) -> Result<Vec<LogRow>, ReplayError> {
+    /// What stands for an idempotency key among this entity's commits.
+    pub(crate) fn append_key(&self, key: &[u8]) -> AppendKeyHash {
+        hash_append_key(&self.key, key)
+    }
+
+    /// The next rows after `version`, which follow it without a gap, and whether they are the last ones.
+    pub(crate) async fn page(
+        &self,
+        shard: &Shard,
+        version: u64,
+        rows_max: u32,
+    ) -> Result<(Vec<LogRow>, bool), ReplayError> {
         let rows = shard.read_log(&self.row, version, rows_max).await?;
         let mut next = version + 1;
         for row in &rows {
@@ -119,7 +285,30 @@ impl Opener {
             }
             next += u64::from(row.count);
         }
-        Ok(rows)
+        let is_last = rows.len() < rows_max as usize;
+        Ok((rows, is_last))
+    }
+
+    /// The rows that begin before `version`, newest first, which follow each other without a gap down to version 1, and whether
+    /// they are the last ones.
+    pub(crate) async fn page_before(
+        &self,
+        shard: &Shard,
+        version: u64,
+        rows_max: u32,
+    ) -> Result<(Vec<LogRow>, bool), ReplayError> {
+        let rows = shard.read_log_before(&self.row, version, rows_max).await?;
+        let is_last = rows.len() < rows_max as usize;
+        let gap = |next: u64, found: u64| ReplayError::Gap { expected: Version(next), found: Version(found) };
+        for pair in rows.windows(2) {
+            if last_version(&pair[1]) + 1 != pair[0].version {
+                return Err(gap(pair[0].version - 1, last_version(&pair[1])));
+            }
+        }
+        if is_last && let Some(first) = rows.last().filter(|row| row.version != 1) {
+            return Err(gap(first.version - 1, 0));
+        }
+        Ok((rows, is_last))
     }
 
     /// The plaintext of a commit.
@@ -130,10 +319,13 @@ impl Opener {
 
     /// Whether the sealed id is this entity's.
     pub(crate) fn check_id(&self) -> Result<(), String> {
+        self.id().map(|_| ())
+    }
+
+    /// The id. Its row must have it, which that of a live entity has not.
+    pub(crate) fn id(&self) -> Result<String, String> {
         let EntityRow { kind, id_hash, key_id, sealed_id, .. } = &*self.row;
-        open_id(&self.key, kind, IdHash(id_hash.0), KeyId(*key_id), sealed_id)
-            .map(|_| ())
-            .map_err(|error| error.to_string())
+        open_id(&self.key, kind, IdHash(id_hash.0), KeyId(*key_id), sealed_id).map_err(|error| error.to_string())
     }
 
     fn place(&self, row: &LogRow) -> CommitPlace<'_> {
@@ -148,7 +340,14 @@ impl Opener {
     }
 }
 
-fn fold(kind: &dyn Kind, state: &mut State, row: &LogRow, plaintext: &[u8]) -> Result<(), ReplayError> {
+/// Folds the first `events_max` events of a commit.
+fn fold(
+    kind: &dyn Kind,
+    state: &mut State,
+    row: &LogRow,
+    plaintext: &[u8],
+    events_max: usize,
+) -> Result<(), ReplayError> {
     let version = Version(row.version);
     let undecodable = |event: String, detail: String| {
         let kind = kind.name().to_string();
@@ -159,9 +358,9 @@ fn fold(kind: &dyn Kind, state: &mut State, row: &LogRow, plaintext: &[u8]) -> R
         let detail = format!("{} events where the row has {}", body.events.len(), row.count);
         return Err(undecodable(String::new(), detail));
     }
-    let events: Vec<&[u8]> = body.events.iter().map(|(_, event)| &***event).collect();
+    let events = &body.events[..events_max.min(body.events.len())];
     // Decoding runs the user's code as well.
-    let folded = catch_unwind(AssertUnwindSafe(|| kind.decode(&events).map(|decoded| kind.apply(state, &decoded))));
+    let folded = catch_unwind(AssertUnwindSafe(|| kind.decode(events).map(|decoded| kind.apply(state, &decoded))));
     folded.map_err(|_| panicked(kind, version))?.map_err(|error| undecodable(error.event, error.detail))
 }
 

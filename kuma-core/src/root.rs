@@ -3,7 +3,9 @@
 //! ```text
 //! root ── writer of keys.db
 //!      ├─ writer of each shard
-//!      └─ entity supervisor of each shard ── entities
+//!      ├─ entity supervisor of each shard ── entities
+//!      ├─ snapshotter
+//!      └─ scrub
 //! ```
 //!
 //! Invariants:
@@ -82,7 +84,9 @@ impl Actor for Root {
                     tracing::error!(shard = core.shard.number(), %error, "it could not be started; the shard is unavailable");
                 }
             }
-            None => tracing::error!("a writer ended; its file is unavailable until the store is opened again"),
+            None => tracing::error!(
+                "a writer, the snapshotter or the scrub ended; what it did is not done until the store is opened again"
+            ),
         }
         Ok(())
     }

@@ -10,7 +10,11 @@ use tokio::sync::oneshot;
 use crate::{
     Unavailable,
     live::{Clock, Live},
+    observe::CoreMetrics,
+    options::WallClock,
     restart::{Failures, RestartPolicy},
+    snapshot::SnapshotPolicy,
+    snapshotter::Snapshotter,
     supervisor::SupervisorMessage,
     vault::Vault,
 };
@@ -23,6 +27,9 @@ pub(crate) struct Settings {
     pub(crate) memory_bytes_max: usize,
     pub(crate) entity_appends_max: usize,
     pub(crate) restart: RestartPolicy,
+    /// None if no snapshots are made or used.
+    pub(crate) snapshots: Option<SnapshotPolicy>,
+    pub(crate) wall_clock: WallClock,
 }
 
 /// An entity in the directory.
@@ -33,12 +40,23 @@ pub(crate) enum Entry {
     Leaving(Arc<Live>),
 }
 
+/// What the shards of a store have in common.
+#[derive(Clone)]
+pub(crate) struct StoreParts {
+    pub(crate) vault: Arc<Vault>,
+    pub(crate) settings: Settings,
+    pub(crate) metrics: Arc<CoreMetrics>,
+    pub(crate) snapshotter: Snapshotter,
+}
+
 /// One open shard with all that its entities need.
 pub(crate) struct ShardCore {
     pub(crate) shard: Shard,
     pub(crate) vault: Arc<Vault>,
     pub(crate) clock: Clock,
     pub(crate) settings: Settings,
+    pub(crate) metrics: Arc<CoreMetrics>,
+    pub(crate) snapshotter: Snapshotter,
     /// Which entities are in memory. Changed by the shard's entity supervisor alone: an entity has one actor because that actor
     /// has one maker.
     pub(crate) directory: Mutex<HashMap<EntityHash, Entry>>,
@@ -48,12 +66,15 @@ pub(crate) struct ShardCore {
 }
 
 impl ShardCore {
-    pub(crate) fn new(shard: Shard, vault: Arc<Vault>, settings: Settings) -> Self {
+    pub(crate) fn new(shard: Shard, store: StoreParts) -> Self {
+        let StoreParts { vault, settings, metrics, snapshotter } = store;
         ShardCore {
             shard,
             vault,
             clock: Clock::new(),
             settings,
+            metrics,
+            snapshotter,
             directory: Mutex::default(),
             failures: Mutex::default(),
             supervisor: Mutex::default(),
@@ -70,13 +91,18 @@ impl ShardCore {
 
     /// Empties the directory, after all its actors went with their supervisor. Handles must not read from them any more.
     pub(crate) fn forget_all(&self) {
-        for (_, Entry::Live(live) | Entry::Leaving(live)) in self.directory.lock().drain() {
+        for (_, entry) in self.directory.lock().drain() {
+            if matches!(entry, Entry::Live(_)) {
+                self.metrics.live_entities.decrement(1.0);
+            }
+            let (Entry::Live(live) | Entry::Leaving(live)) = entry;
             *live.view.published.lock() = None;
         }
     }
 
     pub(crate) fn record_failure(&self, entity: EntityHash, why: String, hopeless: bool) {
         tracing::warn!(%entity, shard = self.shard.number(), %why, "an entity failed");
+        self.metrics.failures.increment(1);
         let mut failures = self.failures.lock();
         failures.entry(entity).or_default().record(&self.settings.restart, Instant::now(), why, hopeless);
     }

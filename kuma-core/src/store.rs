@@ -22,8 +22,11 @@ use crate::{
     identity::Identity,
     kind::{DocumentKind, Kind, TypedKind},
     live::Clock,
+    observe::CoreMetrics,
     root::{Root, RootMessage},
-    shard_core::{Entry, Settings, ShardCore},
+    scrub::{NextPage, Scrub, ScrubArguments, ScrubStats},
+    shard_core::{Entry, Settings, ShardCore, StoreParts},
+    snapshotter::Snapshotter,
     supervisor::SupervisorMessage,
     vault::Vault,
 };
@@ -52,7 +55,9 @@ struct Parts {
     context: String,
     durability: Durability,
     shards: Vec<ShardSlot>,
-    vault: Arc<Vault>,
+    common: StoreParts,
+    /// None if it is turned off.
+    scrub: Option<ActorRef<NextPage>>,
     root: ActorRef<RootMessage>,
     closing: AtomicBool,
     shut_down: OnceCell<()>,
@@ -85,6 +90,12 @@ pub struct Stats {
     pub shards: Vec<ShardStats>,
     /// The writer of `keys.db`.
     pub keys: StatsView,
+    /// Snapshots that did not fit and were ignored, since the store was opened: of older code, or damaged.
+    pub snapshots_ignored: u64,
+    /// Snapshots that were due and not made, since the store was opened: too many at once, or a state that cannot be saved.
+    pub snapshots_skipped: u64,
+    /// The scrub.
+    pub scrub: ScrubStats,
 }
 
 impl Stats {
@@ -126,7 +137,7 @@ impl Kuma {
         }
         let (root, _) = Actor::spawn(None, Root, ()).await.map_err(|error| StartError::Actors(error.to_string()))?;
         let opened = open_parts(&options, &data_dir, &shards, file, master, is_new, &root).await;
-        let (vault, shards) = match opened {
+        let (common, shards) = match opened {
             Ok(opened) => opened,
             Err(error) => {
                 root.stop(None);
@@ -136,12 +147,21 @@ impl Kuma {
         if is_new {
             data_dir.finish()?;
         }
+        let scrub = match start_scrub(&options, &shards, &root).await {
+            Ok(scrub) => scrub,
+            Err(error) => {
+                close(&shards, &common.vault.keys).await;
+                root.stop(None);
+                return Err(error);
+            }
+        };
         report(&options, &data_dir, is_new).await;
         let parts = Parts {
             context: options.context,
             durability: options.durability,
             shards,
-            vault,
+            common,
+            scrub,
             root,
             closing: AtomicBool::new(false),
             shut_down: OnceCell::new(),
@@ -197,7 +217,20 @@ impl Kuma {
             },
         };
         let shards = parts.shards.iter().enumerate().map(shard).collect();
-        Stats { durability: parts.durability, shards, keys: parts.vault.keys.stats() }
+        let metrics = &parts.common.metrics;
+        Stats {
+            durability: parts.durability,
+            shards,
+            keys: parts.common.vault.keys.stats(),
+            snapshots_ignored: metrics.snapshots_ignored.count(),
+            snapshots_skipped: metrics.snapshots_skipped.count(),
+            scrub: ScrubStats {
+                commits: metrics.scrub.commits.count(),
+                bytes: metrics.scrub.bytes.count(),
+                bad_rows: metrics.scrub.bad_rows.count(),
+                passes: metrics.scrub.passes.count(),
+            },
+        }
     }
 
     /// Wraps every key that an older master key wraps anew under the current one, and returns how many. Give the store a master
@@ -207,7 +240,7 @@ impl Kuma {
     /// # Errors
     /// A key could not be read, unwrapped or written; those before it are done.
     pub async fn rotate_master_key(&self) -> Result<u64, VaultError> {
-        self.inner.parts.vault.rewrap_all().await
+        self.inner.parts.common.vault.rewrap_all().await
     }
 
     /// Finishes what was submitted, takes every entity out of memory and closes the files. Requests that come meanwhile are
@@ -228,7 +261,7 @@ impl Kuma {
     }
 
     pub(crate) fn vault(&self) -> &Arc<Vault> {
-        &self.inner.parts.vault
+        &self.inner.parts.common.vault
     }
 }
 
@@ -240,7 +273,7 @@ async fn open_parts(
     master: Arc<dyn kuma_crypto::MasterKey>,
     is_new: bool,
     root: &ActorRef<RootMessage>,
-) -> Result<(Arc<Vault>, Vec<ShardSlot>), StartError> {
+) -> Result<(StoreParts, Vec<ShardSlot>), StartError> {
     let keys = KeyStore::open(data_dir.path().to_owned(), data_dir.disk_id(), &file, root.get_cell()).await?;
     let vault = Vault::open(keys.clone(), master, options.context.clone(), is_new).await;
     let vault = match vault {
@@ -260,11 +293,22 @@ async fn open_parts(
         memory_bytes_max: options.memory_budget / shards.len().max(1),
         entity_appends_max: options.entity_appends_max,
         restart: options.restart,
+        snapshots: options.snapshots,
+        wall_clock: options.wall_clock.clone(),
     };
+    let snapshotter = match Snapshotter::start(root.get_cell()).await {
+        Ok(snapshotter) => snapshotter,
+        Err(error) => {
+            keys.stop().await;
+            return Err(StartError::Actors(error.to_string()));
+        }
+    };
+    let metrics = Arc::new(CoreMetrics::new(&options.context));
+    let parts = StoreParts { vault, settings, metrics, snapshotter };
     let mut slots = Vec::new();
     let mut first_damage = None;
     for shard in shards {
-        match open_shard(shard, &vault, &settings, root).await {
+        match open_shard(shard, &parts, root).await {
             Ok(core) => slots.push(ShardSlot::Open(core)),
             Err(StartError::Open(error)) if error.is_damage() => {
                 tracing::error!(shard = shard.number, error = %error, "a shard is out of use");
@@ -282,7 +326,7 @@ async fn open_parts(
             close(&slots, &keys).await;
             Err(error.into())
         }
-        _ => Ok((vault, slots)),
+        _ => Ok((parts, slots)),
     }
 }
 
@@ -297,17 +341,33 @@ async fn close(slots: &[ShardSlot], keys: &KeyStore) {
 
 async fn open_shard(
     options: &ShardOptions,
-    vault: &Arc<Vault>,
-    settings: &Settings,
+    parts: &StoreParts,
     root: &ActorRef<RootMessage>,
 ) -> Result<Arc<ShardCore>, StartError> {
     let shard = Shard::open(options, root.get_cell()).await?;
-    let core = Arc::new(ShardCore::new(shard, vault.clone(), settings.clone()));
+    let core = Arc::new(ShardCore::new(shard, parts.clone()));
     let (reply, started) = oneshot::channel();
     let gone = || StartError::Actors("the root actor is gone".to_owned());
     root.cast(RootMessage::Supervise { core: core.clone(), reply }).map_err(|_| gone())?;
     started.await.map_err(|_| gone())?.map_err(|error| StartError::Actors(error.to_string()))?;
     Ok(core)
+}
+
+async fn start_scrub(
+    options: &Options,
+    shards: &[ShardSlot],
+    root: &ActorRef<RootMessage>,
+) -> Result<Option<ActorRef<NextPage>>, StartError> {
+    if options.scrub_bytes_per_second == 0 {
+        return Ok(None);
+    }
+    let open = shards.iter().filter_map(|slot| match slot {
+        ShardSlot::Open(core) => Some(core.clone()),
+        ShardSlot::OutOfUse(_) => None,
+    });
+    let arguments = ScrubArguments { shards: open.collect(), bytes_per_second: options.scrub_bytes_per_second };
+    let spawned = Actor::spawn_linked(None, Scrub, arguments, root.get_cell()).await;
+    spawned.map(|(scrub, _)| Some(scrub)).map_err(|error| StartError::Actors(error.to_string()))
 }
 
 /// Says what was opened, and what is not as it should be.
@@ -327,7 +387,7 @@ async fn report(options: &Options, data_dir: &DataDir, is_new: bool) {
 
 impl Inner {
     pub(crate) fn ids(&self) -> &kuma_crypto::IdSecret {
-        &self.parts.vault.ids
+        &self.parts.common.vault.ids
     }
 
     /// The shard of an entity.
@@ -351,7 +411,9 @@ impl Inner {
         if let Some(kind) = self.kinds.read().get(E::KIND) {
             return check(kind);
         }
-        check(self.kinds.write().entry(E::KIND.to_owned()).or_insert_with(|| Arc::new(TypedKind::<E>::new())))
+        // Outside of the lock: the upcasters are the user's code.
+        let kind = TypedKind::<E>::new()?;
+        check(self.kinds.write().entry(E::KIND.to_owned()).or_insert_with(|| Arc::new(kind)))
     }
 
     fn kind(&self, name: &str) -> Result<Arc<dyn Kind>, Refused> {
@@ -372,6 +434,10 @@ impl Parts {
     async fn close_all(&self) {
         // It may be gone already, with its runtime.
         let _ = self.root.cast(RootMessage::Stopping);
+        if let Some(scrub) = &self.scrub {
+            // It holds on to the shards.
+            let _ = scrub.stop_and_wait(None, None).await;
+        }
         for core in self.open() {
             let supervisor = core.supervisor.lock().clone();
             let (done, stopped) = oneshot::channel();
@@ -379,10 +445,11 @@ impl Parts {
                 let _ = stopped.await;
             }
         }
+        self.common.snapshotter.stop();
         for core in self.open() {
             core.shard.stop().await;
         }
-        self.vault.keys.stop().await;
+        self.common.vault.keys.stop().await;
         self.root.stop(None);
         self.data_dir.release();
         tracing::info!(path = %self.data_dir.path().display(), "the store is closed");

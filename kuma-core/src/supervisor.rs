@@ -171,6 +171,7 @@ impl SupervisorState {
         let live = Arc::new(Live { actor, view, appends });
         self.core.directory.lock().insert(entity, Entry::Live(live.clone()));
         self.live += 1;
+        self.core.metrics.live_entities.increment(1.0);
         Ok(live)
     }
 
@@ -193,6 +194,8 @@ impl SupervisorState {
             *entry = Entry::Leaving(live.clone());
             drop(directory);
             self.live -= 1;
+            self.core.metrics.live_entities.decrement(1.0);
+            self.core.metrics.passivations.increment(1);
             // An actor that is gone already has told so, or will.
             let _ = live.actor.get_cell().drain();
         }
@@ -204,7 +207,10 @@ impl SupervisorState {
             self.core.record_failure(entity, "its actor failed".to_owned(), false);
         }
         if let Some(entry) = self.core.directory.lock().get_mut(&entity) {
-            self.live -= usize::from(matches!(entry, Entry::Live(_)));
+            if matches!(entry, Entry::Live(_)) {
+                self.live -= 1;
+                self.core.metrics.live_entities.decrement(1.0);
+            }
             let (Entry::Live(live) | Entry::Leaving(live)) = &*entry;
             let live = live.clone();
             // Handles that still know it must not read from it: the next activation moves on without it.

@@ -1,11 +1,20 @@
 //! Verification of a whole store: what the shards check without keys, and that every commit opens with its entity's key.
 
-use std::collections::{HashMap, HashSet};
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    sync::Arc,
+};
 
 use kuma_crypto::KeyId;
 use kuma_shard::{CommitCheck, EntityHash, EntityRow, LogRow, ReadError, ShardReport};
 
-use crate::{Kuma, body::Body, replay::Opener, shard_core::ShardCore};
+use crate::{
+    Kuma,
+    body::{Body, split},
+    replay::Opener,
+    scrub::quarantine,
+    shard_core::ShardCore,
+};
 
 /// Unwrapped keys that are kept while a shard is walked; commits come in the order of the log.
 const KEYS_MAX: usize = 65_536;
@@ -19,6 +28,17 @@ pub struct ShardVerification {
     pub outcome: Result<ShardReport, String>,
 }
 
+/// What events are called in a store.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct EventName {
+    /// The kind of their entities.
+    pub kind: String,
+    /// Their stored name.
+    pub name: String,
+    /// The schema version that they were written with.
+    pub schema: u32,
+}
+
 /// What [`Kuma::verify`] found.
 #[derive(Debug)]
 pub struct Verification {
@@ -30,6 +50,9 @@ pub struct Verification {
     pub keys_damage: Vec<String>,
     /// Keys that no entity has: what a crash between storing a new key and its first commit leaves behind. Harmless.
     pub keys_without_entity: u64,
+    /// How many events of each name and schema version there are: what the code that reads this store must know
+    /// (`testing::Corpus`).
+    pub event_names: BTreeMap<EventName, u64>,
 }
 
 impl Verification {
@@ -55,13 +78,16 @@ impl Verification {
 
 impl Kuma {
     /// Reads everything and checks it: each row against its checksum and its seal, all rows of a shard against its committed digest,
-    /// each index against its table, and that the key of each entity with commits unwraps. Runs beside appends. `progress` is called with the number of commits checked so far.
+    /// each index against its table, each slot against its digest, and that the key of each entity with commits unwraps. Runs beside
+    /// appends. `progress` is called with the number of commits checked so far. An entity with damage is quarantined; the others are
+    /// not affected.
     ///
     /// # Errors
     /// `keys.db` cannot be read at all. Damage stands in the report.
     pub async fn verify(&self, mut progress: impl FnMut(u64) + Send) -> Result<Verification, ReadError> {
         let mut shards = Vec::new();
         let mut used_keys = HashSet::new();
+        let mut event_names = BTreeMap::new();
         let mut checked = 0;
         for (shard, open) in self.open_shards() {
             let outcome = match open {
@@ -71,8 +97,18 @@ impl Kuma {
                         checked += 1;
                         progress(checked);
                     };
-                    let mut check = KeyCheck { core, used_keys: &mut used_keys, openers: HashMap::new(), progress };
-                    core.shard.verify(&mut check).await.map_err(|error| error.to_string())
+                    let mut names = HashMap::new();
+                    let openers = HashMap::new();
+                    let mut check = KeyCheck { core, used_keys: &mut used_keys, names: &mut names, openers, progress };
+                    let outcome = core.shard.verify(&mut check).await.map_err(|error| error.to_string());
+                    for ((kind, name, schema), count) in names {
+                        *event_names.entry(EventName { kind: kind.to_string(), name, schema }).or_default() += count;
+                    }
+                    let found = outcome.iter().flat_map(|report| &report.bad_entities);
+                    for (entity, detail) in found.filter_map(|(entity, detail)| Some((entity.as_ref()?, detail))) {
+                        quarantine(core, *entity, detail.clone());
+                    }
+                    outcome
                 }
             };
             shards.push(ShardVerification { shard, outcome });
@@ -80,7 +116,7 @@ impl Kuma {
         let mut keys_without_entity = 0;
         let report =
             self.vault().keys.verify(|row| keys_without_entity += u64::from(!used_keys.contains(&row.key_id))).await?;
-        Ok(Verification { shards, keys: report.keys, keys_damage: report.damage, keys_without_entity })
+        Ok(Verification { shards, keys: report.keys, keys_damage: report.damage, keys_without_entity, event_names })
     }
 }
 
@@ -88,6 +124,8 @@ impl Kuma {
 struct KeyCheck<'a, F> {
     core: &'a ShardCore,
     used_keys: &'a mut HashSet<[u8; 16]>,
+    /// By kind, name and schema version.
+    names: &'a mut HashMap<(Arc<str>, String, u32), u64>,
     openers: HashMap<i64, Opener>,
     /// Called after each sound commit.
     progress: F,
@@ -105,12 +143,25 @@ impl<F: FnMut() + Send> CommitCheck for KeyCheck<'_, F> {
         }
         let Some(opener) = self.openers.get(&row.eid) else { return Ok(()) };
         opener.check_id()?;
-        let plaintext = opener.open(commit).map_err(|error| error.to_string())?;
-        let body = Body::parse(&plaintext).map_err(|error| error.to_string())?;
-        if body.events.len() != commit.count as usize {
-            return Err(format!("{} events where the row has {}", body.events.len(), commit.count));
+        for (name, schema) in check_commit(opener, commit)? {
+            let key = (opener.row.kind.clone(), name, schema);
+            *self.names.entry(key).or_default() += 1;
         }
         (self.progress)();
         Ok(())
     }
+}
+
+/// Whether a commit opens and holds what its row says; the names and schema versions of its events.
+pub(crate) fn check_commit(opener: &Opener, commit: &LogRow) -> Result<Vec<(String, u32)>, String> {
+    let plaintext = opener.open(commit).map_err(|error| error.to_string())?;
+    let body = Body::parse(&plaintext).map_err(|error| error.to_string())?;
+    if body.events.len() != commit.count as usize {
+        return Err(format!("{} events where the row has {}", body.events.len(), commit.count));
+    }
+    let name = |(schema, event): &(u32, &serde_bytes::Bytes)| {
+        let (name, _) = split(event).ok_or("an event has no name")?;
+        Ok((name.to_owned(), *schema))
+    };
+    body.events.iter().map(name).collect()
 }

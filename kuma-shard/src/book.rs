@@ -1,8 +1,10 @@
 //! What a writer writes: the part of a database's work that differs from file to file.
 
+use std::collections::BTreeMap;
+
 use sqlx::SqliteConnection;
 
-use crate::{CommitError, Digest};
+use crate::{CommitError, Digest, Slot, progress::Stored, slots::SlotSum};
 
 /// How much an entry adds to its group.
 #[derive(Clone, Copy, Debug, Default)]
@@ -22,6 +24,13 @@ pub(crate) struct Progress {
     pub(crate) indexed_position: u64,
     /// Of all rows.
     pub(crate) digest: Digest,
+}
+
+/// What a file holds as of its last commit, as its writer knows it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Audit {
+    pub(crate) stored: Stored,
+    pub(crate) slots: BTreeMap<Slot, SlotSum>,
 }
 
 /// One database's tables as its only writer keeps them: an image in memory, changed group by group.
@@ -54,6 +63,11 @@ pub(crate) trait Book: Send + Sync + 'static {
 
     /// The progress as of the staged group.
     fn progress(&self) -> Progress;
+
+    /// What each slot holds as of the last commit. Only the book of a shard has slots.
+    fn slots(&self) -> BTreeMap<Slot, SlotSum> {
+        BTreeMap::new()
+    }
 
     /// The staged group is durable.
     fn keep(&mut self);

@@ -48,6 +48,14 @@ pub struct Permit {
     amount: usize,
 }
 
+impl Permit {
+    /// Takes `more` units, even beyond the limit: for a request whose size is only known once it was admitted.
+    pub fn grow(&mut self, more: usize) {
+        self.budget.used.fetch_add(more, Relaxed);
+        self.amount += more;
+    }
+}
+
 impl Drop for Permit {
     fn drop(&mut self) {
         self.budget.used.fetch_sub(self.amount, Relaxed);
@@ -68,5 +76,15 @@ mod tests {
         drop((first, second));
         assert_eq!(budget.used(), 0);
         assert!(budget.take(11).is_some(), "a request above the limit is admitted when nothing else is");
+    }
+    #[test]
+    fn a_permit_that_grew_gives_everything_back() {
+        let budget = Budget::new(10);
+        let mut permit = budget.take(1).unwrap();
+        permit.grow(20);
+        assert_eq!(budget.used(), 21);
+        assert!(budget.take(1).is_none());
+        drop(permit);
+        assert_eq!(budget.used(), 0);
     }
 }

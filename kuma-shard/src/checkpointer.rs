@@ -4,11 +4,12 @@
 //! - It never stands in the path of an acknowledgement for longer than the rest that the writer copies between two transactions.
 //! - A failed checkpoint changes nothing: the log keeps all, and the next attempt writes every page anew.
 
-use std::sync::{Arc, atomic::Ordering::Relaxed};
+use std::{sync::Arc, time::Instant};
 
 use ractor::ActorRef;
 use sqlx::{Connection, SqliteConnection};
 use tokio::sync::{Notify, oneshot};
+use tracing::{Instrument, Span};
 
 use crate::{
     WriterStats,
@@ -28,6 +29,12 @@ const ROUNDS_MAX: usize = 3;
 /// A log this long (256 MiB) means that a reader is in the way.
 const WARN_PAGES: u64 = 65_536;
 
+/// A checkpoint on its way: begun beside the writer, finished by it.
+pub(crate) struct Underway {
+    pub(crate) since: Instant,
+    pub(crate) span: Span,
+}
+
 /// Runs until `stop` is dropped, then closes its connection.
 pub(crate) async fn run<B: Book>(
     mut connection: SqliteConnection,
@@ -43,7 +50,7 @@ pub(crate) async fn run<B: Book>(
             () = wake.notified() => {}
             _ = &mut stop => break,
         }
-        match look_and_copy(&mut connection, &writer, &stats).await {
+        match look_and_copy(&mut connection, &writer, &file, &stats).await {
             Ok(pages) if pages > WARN_PAGES => {
                 tracing::warn!(%file, pages, "the log grows: a reader holds an old state open");
             }
@@ -60,15 +67,25 @@ pub(crate) async fn run<B: Book>(
 async fn look_and_copy<B: Book>(
     connection: &mut SqliteConnection,
     writer: &ActorRef<WriterMessage<B>>,
+    file: &str,
     stats: &WriterStats,
 ) -> sqlx::Result<u64> {
     let log = sqlite::checkpoint(connection, CheckpointMode::Noop).await?;
-    stats.wal_pages.store(log.log_pages, Relaxed);
+    stats.set_wal_pages(log.log_pages);
     if log.log_pages < CHECKPOINT_PAGES {
         return Ok(log.log_pages);
     }
     // A writer that is gone needs no checkpoint: whoever opens the file next does it.
     let _ = writer.cast(WriterMessage::PersistMarks);
+    let span = tracing::debug_span!(target: "kuma::checkpoint", "checkpoint", file, pages = log.log_pages);
+    let underway = Underway { since: Instant::now(), span: span.clone() };
+    copy(connection).instrument(span).await?;
+    let _ = writer.cast(WriterMessage::FinishCheckpoint(underway));
+    Ok(log.log_pages)
+}
+
+/// Copies all but a rest that the writer can copy between two transactions, or as much as a few rounds do.
+async fn copy(connection: &mut SqliteConnection) -> sqlx::Result<()> {
     for _ in 0..ROUNDS_MAX {
         sqlite::checkpoint(connection, CheckpointMode::Passive).await?;
         let log = sqlite::checkpoint(connection, CheckpointMode::Noop).await?;
@@ -76,6 +93,5 @@ async fn look_and_copy<B: Book>(
             break;
         }
     }
-    let _ = writer.cast(WriterMessage::FinishCheckpoint);
-    Ok(log.log_pages)
+    Ok(())
 }

@@ -8,9 +8,8 @@ use tokio::sync::oneshot;
 
 use crate::{
     OpenError, ReadError, StatsView, WriterStats,
-    book::Book,
+    book::{Audit, Book},
     open::FileSpec,
-    progress::Stored,
     sqlite::{self, Trouble},
     writer::{Writer, WriterArguments, WriterMessage},
 };
@@ -30,7 +29,7 @@ impl<B: Book> Database<B> {
     /// Opens a file that was inspected, `book` being its content as of `commits`, and starts its writer under `supervisor`.
     pub(crate) async fn open(spec: &FileSpec, commits: u64, book: B, supervisor: ActorCell) -> Result<Self, OpenError> {
         let opened = spec.open().await?;
-        let stats = Arc::new(WriterStats::default());
+        let stats = Arc::new(WriterStats::new(&sqlite::file_name(&spec.path)));
         let arguments = WriterArguments {
             checkpointer: spec.connect_checkpointer().await?,
             path: spec.path.clone(),
@@ -49,11 +48,12 @@ impl<B: Book> Database<B> {
         Ok(Database { file: sqlite::file_name(&spec.path), writer, readers, stats })
     }
 
-    /// What the file holds as of now; none if its writer is gone.
-    pub(crate) async fn audit(&self) -> Option<Stored> {
+    /// What the file holds as of now; an error where its writer cannot tell.
+    pub(crate) async fn audit(&self) -> Result<Audit, ReadError> {
         let (reply, answer) = oneshot::channel();
-        self.writer.cast(WriterMessage::Audit { reply }).ok()?;
-        answer.await.ok()
+        // Should the writer be gone, the answer is what tells: its sender is gone too.
+        let _ = self.writer.cast(WriterMessage::Audit { reply });
+        answer.await.map_err(|_| ReadError::Closed { file: self.file.to_string() })
     }
 
     /// Numbers about the writer.

@@ -56,6 +56,15 @@ impl EntityRow {
 
     /// `None` where the row does not match its checksum.
     pub(crate) fn from_row(row: &SqliteRow) -> sqlx::Result<Option<Self>> {
+        Self::read(row, "slot", "checksum")
+    }
+
+    /// From a row of the log with that of its entity beside it. The log has a slot and a checksum of its own.
+    pub(crate) fn from_joined(row: &SqliteRow) -> sqlx::Result<Option<Self>> {
+        Self::read(row, "entity_slot", "entity_checksum")
+    }
+
+    fn read(row: &SqliteRow, slot: &str, checksum: &str) -> sqlx::Result<Option<Self>> {
         let (Ok(copy), Ok(id_hash), Ok(key_id)) = (
             row.try_get::<Vec<u8>, _>("copy")?.try_into(),
             row.try_get::<Vec<u8>, _>("id_hash")?.try_into(),
@@ -66,7 +75,7 @@ impl EntityRow {
         let entity = EntityRow {
             eid: row.try_get("eid")?,
             copy: CopyId(copy),
-            slot: Slot::new(row.try_get::<i64, _>("slot")?.cast_unsigned()),
+            slot: Slot::new(row.try_get::<i64, _>(slot)?.cast_unsigned()),
             kind: row.try_get::<String, _>("kind")?.into(),
             id_hash: EntityHash(id_hash),
             sealed_id: row.try_get("sealed_id")?,
@@ -74,6 +83,6 @@ impl EntityRow {
             created_at_us: row.try_get("created_at")?,
             erased_at_us: row.try_get("erased_at")?,
         };
-        Ok((entity.checksum() == row.try_get::<i64, _>("checksum")?).then_some(entity))
+        Ok((entity.checksum() == row.try_get::<i64, _>(checksum)?).then_some(entity))
     }
 }

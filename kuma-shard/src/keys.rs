@@ -297,7 +297,7 @@ impl KeyStore {
     /// The file cannot be read at all. Damage stands in the report.
     pub async fn verify(&self, mut each: impl FnMut(&KeyRow)) -> Result<KeysReport, ReadError> {
         let mut report = KeysReport::default();
-        let expected = self.database.audit().await;
+        let expected = self.database.audit().await?;
         let integrity = crate::verify::integrity(&self.database.readers).await;
         report.damage.extend(integrity.map_err(|error| self.read_error(error))?);
         let (mut digest, mut after) = (Digest::default(), 0);
@@ -319,8 +319,8 @@ impl KeyStore {
             }
         }
         // Keys that were added meanwhile are in the sum that was read and not in the one that was expected.
-        let now = self.database.audit().await;
-        if now == expected && expected.is_some_and(|expected| expected.progress.digest != digest) {
+        let now = self.database.audit().await?;
+        if now == expected && expected.stored.progress.digest != digest {
             report.damage.push("the digest of the keys is not the one that was committed".to_owned());
         }
         Ok(report)

@@ -18,15 +18,23 @@ mod error;
 mod ids;
 mod keys;
 mod log_book;
+mod log_row;
+mod metrics;
 mod open;
 mod progress;
+mod reads;
 mod row_hash;
 mod schema;
+mod scrub;
 mod shard;
 mod slots;
+mod snapshots;
 mod sqlite;
 mod statements;
+mod stats;
 mod tail;
+#[cfg(test)]
+mod test_shard;
 mod verify;
 mod watermark;
 mod writer;
@@ -39,14 +47,17 @@ pub use error::{CommitError, NotWritten, OpenError, ReadError};
 pub use ids::{CopyId, DiskId, EntityHash, Epoch, SLOTS, Slot};
 pub use keys::{KeyRow, KeyStore, KeysReport};
 pub use log_book::{Commit, OnSettled, Submission};
+pub use log_row::LogRow;
 pub use row_hash::Digest;
 pub use schema::FORMAT;
-pub use shard::{LogRow, Shard, ShardOptions};
+pub use scrub::{BadRow, ScrubPage};
+pub use shard::{Shard, ShardOptions};
+pub use snapshots::SnapshotRow;
 pub use sqlite::{Durability, FileOptions, missing_build_settings};
+pub use stats::StatsView;
+pub(crate) use stats::WriterStats;
 pub use verify::{CommitCheck, ShardReport};
 pub use watermark::WATERMARK_DELAY;
-pub use writer::StatsView;
-pub(crate) use writer::WriterStats;
 
 /// The first eight bytes of a hash, as SQLite stores an integer.
 pub(crate) fn first_eight(hash: &[u8; 32]) -> i64 {

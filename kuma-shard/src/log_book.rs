@@ -6,6 +6,7 @@
 //! - A commit is written only under an owned slot, under an activation that is not void, and as the version that follows both what
 //!   that activation wrote and what the log holds: a second activation of an entity is refused here, whatever let it come about.
 //! - One commit that cannot be written fails alone, with the later ones of its activation.
+//! - Snapshots go with a group and are none of its commits: those that cannot be written fail alone.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -15,11 +16,12 @@ use std::{
 use sqlx::SqliteConnection;
 
 use crate::{
-    Activation, CommitError, Digest, EntityRow, NotWritten, Slot,
+    Activation, CommitError, Digest, EntityRow, NotWritten, Slot, SnapshotRow,
     book::{Book, Progress, Size},
     progress::Stored,
     row_hash::{RowFields, RowHash},
-    slots::{self, Ownership, SlotImage},
+    slots::{self, Ownership, SlotImage, SlotSum},
+    snapshots,
     sqlite::{self, Trouble},
     statements::{self, Transaction},
     tail::{SharedTail, TAIL_ROWS_MAX, TailRow},
@@ -64,23 +66,57 @@ pub struct Submission {
     pub on_settled: OnSettled,
 }
 
-/// A submission on its way, with the reason why it alone was refused.
+/// What an entry asks for.
+enum Work {
+    Commit(Arc<Activation>, Commit),
+    /// Told when all before it is settled.
+    Barrier(Arc<Activation>),
+    Snapshot(SnapshotRow),
+}
+
+/// Something on its way, with the reason why it alone was refused.
 pub(crate) struct LogEntry {
-    submission: Submission,
+    work: Work,
+    on_settled: OnSettled,
     refusal: Option<NotWritten>,
 }
 
 impl LogEntry {
+    /// A snapshot to be saved.
+    pub(crate) fn snapshot(snapshot: SnapshotRow, on_settled: OnSettled) -> Self {
+        LogEntry { work: Work::Snapshot(snapshot), on_settled, refusal: None }
+    }
+
     /// Settles an entry that never reached its writer.
     pub(crate) fn refuse(self, error: CommitError) {
-        self.submission.activation.void();
-        (self.submission.on_settled)(Err(error));
+        if let Work::Commit(activation, _) | Work::Barrier(activation) = &self.work {
+            activation.void();
+        }
+        (self.on_settled)(Err(error));
+    }
+
+    fn commit(&self) -> Option<&Commit> {
+        match &self.work {
+            Work::Commit(_, commit) => Some(commit),
+            Work::Barrier(_) | Work::Snapshot(_) => None,
+        }
+    }
+
+    fn snapshot_row(&self) -> Option<&SnapshotRow> {
+        match &self.work {
+            Work::Snapshot(snapshot) => Some(snapshot),
+            Work::Commit(..) | Work::Barrier(_) => None,
+        }
     }
 }
 
 impl From<Submission> for LogEntry {
-    fn from(submission: Submission) -> Self {
-        LogEntry { submission, refusal: None }
+    fn from(Submission { activation, commit, on_settled }: Submission) -> Self {
+        let work = match commit {
+            Some(commit) => Work::Commit(activation, commit),
+            None => Work::Barrier(activation),
+        };
+        LogEntry { work, on_settled, refusal: None }
     }
 }
 
@@ -93,6 +129,8 @@ struct Staged {
     rows: Vec<TailRow>,
     /// The newest version of each entity written to.
     heads: BTreeMap<i64, u64>,
+    /// How many snapshots were written; none while they are being written.
+    snapshots: Option<u64>,
     marks: bool,
     indexed: bool,
 }
@@ -111,6 +149,7 @@ pub(crate) struct LogBook {
     /// The newest version of entities that were written to: the fence against a second writer of one entity. Only a cache.
     heads: HashMap<i64, u64>,
     marks_due: bool,
+    snapshots_written: metrics::Counter,
     staged: Option<Staged>,
 }
 
@@ -129,6 +168,7 @@ impl LogBook {
     ) -> Self {
         let Progress { next_position, mark_position, indexed_position, digest } = progress;
         LogBook {
+            snapshots_written: crate::metrics::snapshots_written(&file),
             file,
             shards,
             slots,
@@ -152,6 +192,7 @@ impl LogBook {
             digest,
             rows: Vec::new(),
             heads: BTreeMap::new(),
+            snapshots: Some(0),
             marks: false,
             indexed: false,
         })
@@ -164,7 +205,7 @@ impl LogBook {
 
     /// Entities in `group` that have commits in the log, and whose heads are not known.
     fn unknown_heads(&self, group: &[LogEntry]) -> BTreeSet<i64> {
-        let commits = group.iter().filter_map(|entry| entry.submission.commit.as_ref());
+        let commits = group.iter().filter_map(LogEntry::commit);
         let stored = commits.filter(|commit| !commit.create).map(|commit| commit.entity.eid);
         stored.filter(|eid| !self.heads.contains_key(eid)).collect()
     }
@@ -181,10 +222,14 @@ impl LogBook {
         Ok(())
     }
 
-    /// The newest version of an entity, staged commits included.
-    fn head(&self, eid: i64) -> u64 {
+    /// The newest version of an entity, staged commits included, if it was written to or looked up.
+    fn known_head(&self, eid: i64) -> Option<u64> {
         let staged = self.staged.as_ref().and_then(|staged| staged.heads.get(&eid));
-        staged.or_else(|| self.heads.get(&eid)).copied().unwrap_or(0)
+        staged.or_else(|| self.heads.get(&eid)).copied()
+    }
+
+    fn head(&self, eid: i64) -> u64 {
+        self.known_head(eid).unwrap_or(0)
     }
 
     fn image(&self, slot: Slot) -> Option<(usize, SlotImage)> {
@@ -193,10 +238,8 @@ impl LogBook {
         staged.or_else(|| self.slots.get(index)).filter(|image| image.slot == slot).map(|image| (index, *image))
     }
 
-    /// Whether `entry` may be written after what is staged.
-    fn check(&self, entry: &LogEntry, poisoned: &[usize]) -> Result<(), NotWritten> {
-        let Some(commit) = &entry.submission.commit else { return Ok(()) };
-        let activation = &entry.submission.activation;
+    /// Whether `commit` may be written after what is staged.
+    fn check(&self, activation: &Arc<Activation>, commit: &Commit, poisoned: &[usize]) -> Result<(), NotWritten> {
         if activation.is_voided() || poisoned.contains(&address(activation)) {
             return Err(NotWritten::Voided);
         }
@@ -249,14 +292,14 @@ impl LogBook {
         let mut poisoned = Vec::new();
         let mut places = Vec::with_capacity(group.len());
         for entry in group.iter_mut() {
-            match self.check(entry, &poisoned) {
+            let Work::Commit(activation, commit) = &entry.work else { continue };
+            match self.check(activation, commit, &poisoned) {
                 Ok(()) => {
-                    let Some(commit) = &entry.submission.commit else { continue };
                     places.extend(self.place(commit));
-                    entry.submission.activation.set_written(commit.last_version());
+                    activation.set_written(commit.last_version());
                 }
                 Err(refusal) => {
-                    poisoned.push(address(&entry.submission.activation));
+                    poisoned.push(address(activation));
                     entry.refusal = Some(refusal);
                 }
             }
@@ -276,24 +319,26 @@ impl LogBook {
         self.learn_heads(connection, unknown).await?;
         let places = self.stage_all(group);
         let written = group.iter().filter(|entry| entry.refusal.is_none());
-        let rows: Vec<(&Commit, Place)> =
-            written.filter_map(|entry| entry.submission.commit.as_ref()).zip(places).collect();
+        let rows: Vec<(&Commit, Place)> = written.filter_map(LogEntry::commit).zip(places).collect();
         let created: Vec<&EntityRow> =
             rows.iter().filter(|(commit, _)| commit.create).map(|(commit, _)| &*commit.entity).collect();
+        let snapshots: Vec<&SnapshotRow> = group.iter().filter_map(LogEntry::snapshot_row).collect();
         let mut transaction = Transaction::New;
         let mut last = rows.as_slice();
-        if !created.is_empty() || self.index_due() || !statements::is_one_script(rows.len()) {
+        let one_script = created.is_empty() && snapshots.is_empty() && statements::is_one_script(rows.len());
+        if !one_script || self.index_due() {
             statements::execute(connection, "BEGIN IMMEDIATE").await?;
             transaction = Transaction::Open;
             statements::insert_entities(connection, &created).await?;
             last = statements::insert_all_but_last(connection, last).await?;
+            self.write_snapshots(connection, &snapshots).await?;
         }
         let stored = self.finish(connection, commits).await?;
         *committing = true;
         statements::insert_and_commit(connection, transaction, &stored, last).await
     }
 
-    /// The way to find out which commit of a group does not fit: each in a savepoint of its own.
+    /// The way to find out which commit of a group does not fit: each in a savepoint of its own, and without the snapshots.
     async fn write_one_by_one(
         &mut self,
         connection: &mut SqliteConnection,
@@ -305,8 +350,8 @@ impl LogBook {
         statements::execute(connection, "BEGIN IMMEDIATE").await?;
         let mut poisoned = Vec::new();
         for entry in group.iter_mut().filter(|entry| entry.refusal.is_none()) {
-            let Some(commit) = &entry.submission.commit else { continue };
-            if poisoned.contains(&address(&entry.submission.activation)) {
+            let Work::Commit(activation, commit) = &entry.work else { continue };
+            if poisoned.contains(&address(activation)) {
                 entry.refusal = Some(NotWritten::Voided);
                 continue;
             }
@@ -319,7 +364,7 @@ impl LogBook {
                     statements::execute(connection, "ROLLBACK TO one").await?;
                     statements::execute(connection, "RELEASE one").await?;
                     self.staged = before;
-                    poisoned.push(address(&entry.submission.activation));
+                    poisoned.push(address(activation));
                     let detail = sqlite::detail(&error);
                     entry.refusal = Some(NotWritten::Conflict { file: self.file.to_string(), detail });
                 }
@@ -329,6 +374,54 @@ impl LogBook {
         let stored = self.finish(connection, commits).await?;
         *committing = true;
         statements::commit(connection, &stored).await
+    }
+
+    /// Writes those snapshots that say no more than the log holds, into the open transaction.
+    async fn write_snapshots(
+        &mut self,
+        connection: &mut SqliteConnection,
+        snapshots: &[&SnapshotRow],
+    ) -> sqlx::Result<()> {
+        if let Some(staged) = &mut self.staged {
+            staged.snapshots = None;
+        }
+        let mut written = 0;
+        for snapshot in snapshots {
+            if self.known_head(snapshot.eid).is_none() {
+                self.learn_heads(connection, [snapshot.eid].into()).await?;
+            }
+            if snapshot.version <= self.head(snapshot.eid) {
+                written += u64::from(snapshots::save(connection, snapshot).await?);
+            }
+        }
+        if let Some(staged) = &mut self.staged {
+            staged.snapshots = Some(written);
+        }
+        Ok(())
+    }
+
+    /// Whether one entry of the group is to blame for `error`, so that the others can be written without it.
+    fn is_of_one(&self, error: &sqlx::Error) -> bool {
+        match sqlite::trouble(error) {
+            Trouble::Constraint => true,
+            // A damaged page that only a snapshot met. They are a cache, and may not fail what is none.
+            Trouble::Corrupt => self.staged.as_ref().is_some_and(|staged| staged.snapshots.is_none()),
+            _ => false,
+        }
+    }
+
+    fn give_up_snapshots(&self, group: &mut [LogEntry], error: &sqlx::Error) {
+        let (file, detail) = (self.file.to_string(), sqlite::detail(error));
+        let why = match sqlite::trouble(error) {
+            Trouble::Constraint => NotWritten::Conflict { file, detail },
+            _ => {
+                tracing::warn!(%file, error = %detail, "snapshots could not be written; commits go on");
+                NotWritten::Io { file, detail }
+            }
+        };
+        for entry in group.iter_mut().filter(|entry| entry.snapshot_row().is_some()) {
+            entry.refusal = Some(why.clone());
+        }
     }
 
     /// What comes last in every transaction: index and marks where they are due (it is open then), and the progress to be stored.
@@ -368,16 +461,21 @@ impl Book for LogBook {
     type Entry = LogEntry;
 
     fn size(entry: &LogEntry) -> Size {
-        entry
-            .submission
-            .commit
-            .as_ref()
-            .map_or(Size::default(), |commit| Size { bytes: commit.body.len() + 128, events: commit.count as usize })
+        match &entry.work {
+            Work::Commit(_, commit) => Size { bytes: commit.body.len() + 128, events: commit.count as usize },
+            Work::Snapshot(snapshot) => Size { bytes: snapshot.body.len() + 64, events: 0 },
+            Work::Barrier(_) => Size::default(),
+        }
     }
 
     fn has_work(&self, group: &[LogEntry]) -> bool {
         let marks = self.marks_due && !self.dirty.is_empty();
-        marks || group.iter().any(|entry| entry.submission.commit.is_some() && !entry.submission.activation.is_voided())
+        marks
+            || group.iter().any(|entry| match &entry.work {
+                Work::Commit(activation, _) => !activation.is_voided(),
+                Work::Snapshot(_) => true,
+                Work::Barrier(_) => false,
+            })
     }
 
     async fn transact(
@@ -388,10 +486,12 @@ impl Book for LogBook {
         committing: &mut bool,
     ) -> sqlx::Result<()> {
         match self.write_together(connection, group, commits, committing).await {
-            Err(error) if sqlite::trouble(&error) == Trouble::Constraint => {
-                // An insert was refused, so that COMMIT was never reached.
+            Err(error) if self.is_of_one(&error) => {
+                // An insert was refused, so that COMMIT was never reached. All is undone, because SQLite writes nothing more in a
+                // transaction that met a damaged page, whatever savepoint it goes back to.
                 *committing = false;
                 statements::execute(connection, "ROLLBACK").await?;
+                self.give_up_snapshots(group, &error);
                 self.write_one_by_one(connection, group, commits, committing).await
             }
             other => other,
@@ -419,6 +519,10 @@ impl Book for LogBook {
         }
     }
 
+    fn slots(&self) -> BTreeMap<Slot, SlotSum> {
+        self.slots.iter().map(|image| (image.slot, image.sum())).collect()
+    }
+
     fn keep(&mut self) {
         let progress = self.progress();
         let Some(staged) = self.staged.take() else { return };
@@ -426,6 +530,7 @@ impl Book for LogBook {
         self.mark_position = progress.mark_position;
         self.indexed_position = progress.indexed_position;
         self.digest = progress.digest;
+        self.snapshots_written.increment(staged.snapshots.unwrap_or(0));
         if staged.indexed {
             self.tail.write().clear();
         } else {
@@ -452,21 +557,26 @@ impl Book for LogBook {
     }
 
     fn settle(&mut self, entry: LogEntry, outcome: Result<(), CommitError>) {
-        let LogEntry { submission: Submission { activation, commit, on_settled }, refusal } = entry;
-        let result = match (refusal, outcome) {
-            // Refused for a reason of its own; it was not written whatever became of the group.
-            (Some(refusal), _) => Err(CommitError::NotWritten(refusal)),
-            (None, Err(error)) if commit.is_some() => Err(error),
-            (None, _) if activation.is_voided() => Err(NotWritten::Voided.into()),
-            (None, _) => Ok(()),
+        // What was refused for a reason of its own was not written whatever became of the group.
+        let outcome = entry.refusal.map_or(outcome, |refusal| Err(refusal.into()));
+        let result = match entry.work {
+            Work::Commit(activation, commit) => {
+                let result = outcome.and_then(|()| unless_voided(&activation));
+                match &result {
+                    Ok(()) => activation.commit(commit.last_version()),
+                    Err(_) => activation.void(),
+                }
+                result
+            }
+            Work::Barrier(activation) => unless_voided(&activation),
+            Work::Snapshot(_) => outcome,
         };
-        match (&result, &commit) {
-            (Ok(()), Some(commit)) => activation.commit(commit.last_version()),
-            (Err(_), Some(_)) => activation.void(),
-            (_, None) => {}
-        }
-        on_settled(result);
+        (entry.on_settled)(result);
     }
+}
+
+fn unless_voided(activation: &Activation) -> Result<(), CommitError> {
+    if activation.is_voided() { Err(NotWritten::Voided.into()) } else { Ok(()) }
 }
 
 /// Names an activation within one group, in which it is held alive.

@@ -8,7 +8,7 @@
 
 use sqlx::{Row, SqliteConnection, sqlite::SqliteRow};
 
-use crate::{CopyId, Digest, Epoch, SLOTS, Slot};
+use crate::{CopyId, Digest, Epoch, SLOTS, Slot, row_hash::RowHash};
 
 /// Whether this node may write a slot's rows. (The states of a handoff join these with the cluster.)
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,7 +45,25 @@ pub(crate) struct SlotImage {
     pub(crate) digest: Digest,
 }
 
+/// How many rows a slot has, and their digest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct SlotSum {
+    pub(crate) len: u64,
+    pub(crate) digest: Digest,
+}
+
+impl SlotSum {
+    pub(crate) fn add(&mut self, row: &RowHash) {
+        self.len += 1;
+        self.digest.add(row);
+    }
+}
+
 impl SlotImage {
+    pub(crate) fn sum(&self) -> SlotSum {
+        SlotSum { len: self.len, digest: self.digest }
+    }
+
     /// A slot of a new, standalone store.
     pub(crate) fn genesis(slot: Slot) -> Self {
         SlotImage {

@@ -56,6 +56,13 @@ impl Tail {
         rows[rows.partition_point(|row| row.version <= after)..].to_vec()
     }
 
+    /// Rows of an entity whose version is below `before`: the newest `rows_max` of them, oldest first.
+    pub(crate) fn before(&self, eid: i64, before: u64, rows_max: usize) -> Vec<TailRow> {
+        let rows = self.by_entity.get(&eid).map(Vec::as_slice).unwrap_or_default();
+        let end = rows.partition_point(|row| row.version < before);
+        rows[end.saturating_sub(rows_max)..end].to_vec()
+    }
+
     /// The newest row of an entity at or below `version`.
     pub(crate) fn at_or_below(&self, eid: i64, version: u64) -> Option<TailRow> {
         let rows = self.by_entity.get(&eid)?;
@@ -85,6 +92,9 @@ mod tests {
         assert_eq!(tail.after(7, 1), [row(7, 4, 12), row(7, 6, 13)]);
         assert_eq!(tail.after(7, 3), [row(7, 4, 12), row(7, 6, 13)]);
         assert_eq!(tail.after(9, 0), []);
+        assert_eq!(tail.before(7, 6, 9), [row(7, 1, 10), row(7, 4, 12)]);
+        assert_eq!(tail.before(7, 7, 2), [row(7, 4, 12), row(7, 6, 13)]);
+        assert_eq!(tail.before(7, 1, 9), []);
         assert_eq!(tail.at_or_below(7, 5), Some(row(7, 4, 12)));
         assert_eq!(tail.at_or_below(7, 0), None);
         let sorted = tail.sorted_with(&[row(3, 9, 14)]);

@@ -23,11 +23,8 @@
 use std::{
     marker::PhantomData,
     path::PathBuf,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
-    },
-    time::Duration,
+    sync::Arc,
+    time::{Duration, Instant},
 };
 
 use ractor::{Actor, ActorProcessingErr, ActorRef};
@@ -36,11 +33,12 @@ use tokio::{
     sync::{Notify, oneshot, watch},
     task::JoinHandle,
 };
+use tracing::Instrument;
 
 use crate::{
-    CommitError, DiskId, FileOptions, NotWritten,
-    book::{Book, Size},
-    checkpointer,
+    CommitError, DiskId, FileOptions, NotWritten, WriterStats,
+    book::{Audit, Book, Size},
+    checkpointer::{self, Underway},
     progress::{self, Stored},
     sqlite::{self, CheckpointMode, PAGE_BYTES, Trouble},
     watermark::{Mark, WATERMARK_DELAY, WatermarkFile},
@@ -65,61 +63,14 @@ pub(crate) enum WriterMessage<B: Book> {
     /// Persist the marks with the next group, or with one of their own.
     PersistMarks,
     /// Copy the rest of the log, so that it starts anew.
-    FinishCheckpoint,
-    /// Tell what the file holds as of now.
-    Audit { reply: oneshot::Sender<Stored> },
+    FinishCheckpoint(Underway),
+    /// Tell what the file holds as of now. Not answered while that is in doubt.
+    Audit { reply: oneshot::Sender<Audit> },
     /// Write what has gathered, persist the marks, close the file.
     Stop { done: oneshot::Sender<()> },
 }
 
 impl<B: Book> ractor::Message for WriterMessage<B> {} // local only
-
-/// What the writer counts, since the file was opened.
-#[derive(Debug, Default)]
-pub(crate) struct WriterStats {
-    pub(crate) groups: AtomicU64,
-    pub(crate) entries: AtomicU64,
-    pub(crate) failures: AtomicU64,
-    pub(crate) checkpoints: AtomicU64,
-    pub(crate) wal_pages: AtomicU64,
-    pub(crate) watermark_failures: AtomicU64,
-    pub(crate) closed: AtomicBool,
-    /// What is on the disk is not known: a sync failed and the log was not yet copied. Nothing may be read.
-    pub(crate) suspect: AtomicBool,
-}
-
-/// What a writer counted, since its file was opened.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct StatsView {
-    /// Group commits.
-    pub groups: u64,
-    /// What was submitted to them.
-    pub entries: u64,
-    /// Groups that failed.
-    pub failures: u64,
-    /// Finished checkpoints.
-    pub checkpoints: u64,
-    /// Pages in the write-ahead log when it was last looked at.
-    pub wal_pages: u64,
-    /// Watermarks that could not be written.
-    pub watermark_failures: u64,
-    /// Whether the file is closed after a failure; it is tried again by itself.
-    pub closed: bool,
-}
-
-impl WriterStats {
-    pub(crate) fn view(&self) -> StatsView {
-        StatsView {
-            groups: self.groups.load(Relaxed),
-            entries: self.entries.load(Relaxed),
-            failures: self.failures.load(Relaxed),
-            checkpoints: self.checkpoints.load(Relaxed),
-            wal_pages: self.wal_pages.load(Relaxed),
-            watermark_failures: self.watermark_failures.load(Relaxed),
-            closed: self.closed.load(Relaxed),
-        }
-    }
-}
 
 pub(crate) struct Writer<B>(PhantomData<B>);
 
@@ -241,11 +192,15 @@ impl<B: Book> Actor for Writer<B> {
                 state.book.request_marks();
                 state.queue_flush(&myself);
             }
-            WriterMessage::FinishCheckpoint => state.finish_checkpoint().await,
-            WriterMessage::Audit { reply } => {
-                // A receiver that is gone no longer wants to know.
-                let _ = reply.send(Stored { commits: state.commits, progress: state.book.progress() });
+            WriterMessage::FinishCheckpoint(Underway { since, span }) => {
+                state.finish_checkpoint(since).instrument(span).await;
             }
+            WriterMessage::Audit { reply } if !state.in_doubt => {
+                let stored = Stored { commits: state.commits, progress: state.book.progress() };
+                // A receiver that is gone no longer wants to know.
+                let _ = reply.send(Audit { stored, slots: state.book.slots() });
+            }
+            WriterMessage::Audit { .. } => {}
             WriterMessage::Stop { done } => {
                 state.stop().await;
                 let _ = done.send(());
@@ -311,24 +266,27 @@ impl<B: Book> WriterState<B> {
             let detail = self.closed.clone().unwrap_or_default();
             return self.settle(group, Err(NotWritten::Closed { file: self.file.to_string(), detail }.into()));
         };
-        let entries = group.len() as u64;
+        let (entries, commits, Size { events, bytes }) = (group.len() as u64, self.commits + 1, size);
+        let span =
+            tracing::debug_span!(target: "kuma::commit", "commit", file = %self.file, entries, events, bytes, commits);
         tracing::trace!(target: "kuma::commit", file = %self.file, entries, "begin");
+        let begun = Instant::now();
         let mut committing = false;
-        let result = self.book.transact(connection, &mut group, self.commits + 1, &mut committing).await;
-        let settlement = match result {
+        let transaction = self.book.transact(connection, &mut group, commits, &mut committing);
+        let settlement = match transaction.instrument(span.clone()).await {
             Ok(()) => {
+                self.stats.group_committed(begun.elapsed());
                 self.written();
                 Ok(())
             }
-            Err(error) => match self.recover(error, committing).await {
+            Err(error) => match self.recover(error, committing).instrument(span).await {
                 Outcome::Written => Ok(()),
                 Outcome::NotWritten(why) => Err(CommitError::NotWritten(why)),
                 Outcome::Unknown { detail } => Err(CommitError::Unknown { file: self.file.to_string(), detail }),
             },
         };
         tracing::trace!(target: "kuma::commit", file = %self.file, entries, ok = settlement.is_ok(), "end");
-        self.stats.groups.fetch_add(1, Relaxed);
-        self.stats.entries.fetch_add(entries, Relaxed);
+        self.stats.group_ended(entries);
         self.settle(group, settlement);
         self.note_written(size);
     }
@@ -362,11 +320,11 @@ impl<B: Book> WriterState<B> {
     async fn recover(&mut self, error: sqlx::Error, committing: bool) -> Outcome {
         let detail = sqlite::detail(&error);
         let trouble = sqlite::trouble(&error);
-        self.stats.failures.fetch_add(1, Relaxed);
+        self.stats.group_failed();
         tracing::warn!(file = %self.file, error = %detail, committing, "a group commit failed; reading the file back");
         // A full disk refuses a write and has synced nothing. Anything else may have been a sync.
         self.truncate_first |= trouble != Trouble::DiskFull;
-        self.stats.suspect.store(self.truncate_first, Relaxed);
+        self.stats.set_suspect(self.truncate_first);
         self.in_doubt = true;
         if let Some(connection) = self.connection.take() {
             // Its thread may still be busy with the failed statement: wait for it. The error is known already.
@@ -400,7 +358,7 @@ impl<B: Book> WriterState<B> {
         if self.closed.is_none() {
             tracing::error!(file = %self.file, error = %why, "the file is closed; it is tried again by itself");
         }
-        self.stats.closed.store(true, Relaxed);
+        self.stats.set_closed(true);
         self.closed = Some(why);
     }
 
@@ -433,8 +391,8 @@ impl<B: Book> WriterState<B> {
                 if self.closed.take().is_some() {
                     tracing::info!(file = %self.file, "the file is open again");
                 }
-                self.stats.closed.store(false, Relaxed);
-                self.stats.suspect.store(false, Relaxed);
+                self.stats.set_closed(false);
+                self.stats.set_suspect(false);
                 Ok(())
             }
             Err(detail) => {
@@ -461,11 +419,11 @@ impl<B: Book> WriterState<B> {
 
     /// The checkpointer has copied all but the newest pages. Copying the rest between two transactions lets the log start anew:
     /// under steady load a concurrent checkpoint never catches up, and the log would grow without bound.
-    async fn finish_checkpoint(&mut self) {
+    async fn finish_checkpoint(&mut self, since: Instant) {
         let Some(connection) = self.connection.as_mut() else { return };
         match sqlite::checkpoint(connection, CheckpointMode::Passive).await {
             Ok(done) => {
-                self.stats.checkpoints.fetch_add(1, Relaxed);
+                self.stats.checkpoint_finished(since.elapsed());
                 tracing::debug!(target: "kuma::checkpoint", file = %self.file, pages = done.log_pages, copied = done.copied_pages, "done");
             }
             // Safe to try again: the log was synced, and every page is written anew.
@@ -516,7 +474,7 @@ async fn keep_watermark(
         let Ok((back, result)) = written else { return };
         watermark = back;
         if let Err(error) = result {
-            stats.watermark_failures.fetch_add(1, Relaxed);
+            stats.watermark_failed();
             tracing::warn!(%file, %error, "the watermark could not be written; a lost log would not be noticed until it can");
         }
         if !closing.is_terminated() {

@@ -1,0 +1,284 @@
+//! What is read from a shard: entities, and the log of one of them.
+//!
+//! Invariants:
+//! - A row is handed out only if it matches its checksum.
+//! - The tail is looked at first and the index then: what moves meanwhile is found twice and handed out once.
+//! - Nothing is read while it is not known what is on the disk.
+
+use sqlx::{Row, sqlite::SqliteRow};
+
+use crate::{CopyId, EntityHash, EntityRow, LogRow, ReadError, Shard, log_row, statements::Bound, tail::TailRow};
+
+/// The partial index on append keys serves both: a comparison with a key implies that it is not NULL.
+const FIND_APPEND: &str = "SELECT * FROM log WHERE eid = ? AND append_key = ?";
+const APPEND_KEYS: &str = "SELECT append_key FROM log WHERE eid = ? AND append_key IS NOT NULL LIMIT ?";
+
+impl Shard {
+    /// The entity with this hash, if it was ever written.
+    ///
+    /// # Errors
+    /// The file cannot be read, or the row is damaged.
+    pub async fn find_entity(&self, copy: CopyId, id_hash: EntityHash) -> Result<Option<EntityRow>, ReadError> {
+        self.check_readable()?;
+        let row = sqlx::query("SELECT * FROM entity WHERE copy = ? AND id_hash = ?")
+            .bind(copy.0.to_vec())
+            .bind(id_hash.0.to_vec())
+            .fetch_optional(&self.database().readers)
+            .await
+            .map_err(|error| self.read_error(error))?;
+        let Some(row) = row else { return Ok(None) };
+        let entity = EntityRow::from_row(&row).map_err(|error| self.read_error(error))?;
+        entity.map(Some).ok_or_else(|| self.bad_row(0, "the row of an entity does not match its checksum"))
+    }
+
+    /// Commits of `entity` whose first version is above `after`, oldest first, at most `rows_max` of them.
+    ///
+    /// # Errors
+    /// The file cannot be read, or a row is damaged.
+    pub async fn read_log(&self, entity: &EntityRow, after: u64, rows_max: u32) -> Result<Vec<LogRow>, ReadError> {
+        self.check_readable()?;
+        // The tail first: what moves from it to the index meanwhile is found there.
+        let tail = self.tail().read().after(entity.eid, after);
+        let query = sqlx::query(
+            "SELECT log.* FROM log_index CROSS JOIN log ON log.position = log_index.position
+             WHERE log_index.eid = ? AND log_index.version > ? ORDER BY log_index.version LIMIT ?",
+        )
+        .bind(entity.eid)
+        .bind(after.cast_signed())
+        .bind(rows_max);
+        let mut rows = self.log_rows(query, entity).await?;
+        let last = rows.last().map_or(after, |row| row.version);
+        let room = (rows_max as usize).saturating_sub(rows.len());
+        let behind: Vec<TailRow> = tail.into_iter().filter(|row| row.version > last).take(room).collect();
+        rows.extend(self.read_tail(entity, &behind).await?);
+        Ok(rows)
+    }
+
+    /// Commits of `entity` whose first version is below `before`, newest first, at most `rows_max` of them.
+    ///
+    /// # Errors
+    /// The file cannot be read, or a row is damaged.
+    pub async fn read_log_before(
+        &self,
+        entity: &EntityRow,
+        before: u64,
+        rows_max: u32,
+    ) -> Result<Vec<LogRow>, ReadError> {
+        self.check_readable()?;
+        let tail = self.tail().read().before(entity.eid, before, rows_max as usize);
+        // Whatever is older than the oldest row of the tail is in the index, and stays there.
+        let before = tail.first().map_or(before, |oldest| oldest.version);
+        let room = (rows_max as usize).saturating_sub(tail.len());
+        let mut rows = self.read_tail(entity, &tail).await?;
+        rows.reverse();
+        if room > 0 {
+            let query = sqlx::query(
+                "SELECT log.* FROM log_index CROSS JOIN log ON log.position = log_index.position
+                 WHERE log_index.eid = ? AND log_index.version < ? ORDER BY log_index.version DESC LIMIT ?",
+            )
+            .bind(entity.eid)
+            .bind(i64::try_from(before).unwrap_or(i64::MAX))
+            .bind(room as i64);
+            rows.extend(self.log_rows(query, entity).await?);
+        }
+        Ok(rows)
+    }
+
+    /// The rows of `entity` that `tail` names, in the order of versions.
+    async fn read_tail(&self, entity: &EntityRow, tail: &[TailRow]) -> Result<Vec<LogRow>, ReadError> {
+        let Some(first) = tail.first() else { return Ok(Vec::new()) };
+        let positions: Vec<String> = tail.iter().map(|row| row.position.to_string()).collect();
+        let query = sqlx::query(
+            "SELECT log.* FROM json_each(?) AS wanted CROSS JOIN log ON log.position = wanted.value ORDER BY log.version",
+        )
+        .bind(format!("[{}]", positions.join(",")));
+        let rows = self.log_rows(query, entity).await?;
+        if rows.len() != tail.len() {
+            return Err(self.bad_row(first.position, "it or a later one that was committed is not there"));
+        }
+        Ok(rows)
+    }
+
+    /// The commit of `entity` that was appended under `append_key`.
+    ///
+    /// # Errors
+    /// The file cannot be read, or the row is damaged.
+    pub async fn find_append(&self, entity: &EntityRow, append_key: &[u8]) -> Result<Option<LogRow>, ReadError> {
+        self.check_readable()?;
+        let query = sqlx::query(FIND_APPEND).bind(entity.eid).bind(append_key.to_vec());
+        Ok(self.log_rows(query, entity).await?.pop())
+    }
+
+    /// Append keys of `entity`, in no order that means anything, at most `max` of them. Fewer than `max` are all.
+    ///
+    /// # Errors
+    /// The file cannot be read.
+    pub async fn append_keys(&self, entity: &EntityRow, max: u32) -> Result<Vec<Vec<u8>>, ReadError> {
+        self.check_readable()?;
+        let rows = sqlx::query(APPEND_KEYS).bind(entity.eid).bind(max).fetch_all(&self.database().readers).await;
+        rows.and_then(|rows| rows.iter().map(|row| row.try_get(0)).collect()).map_err(|error| self.read_error(error))
+    }
+
+    /// The first version of the newest commit that begins at or below `version`; 0 if there is none.
+    ///
+    /// # Errors
+    /// The file cannot be read.
+    pub async fn commit_before(&self, entity: &EntityRow, version: u64) -> Result<u64, ReadError> {
+        self.check_readable()?;
+        if let Some(row) = self.tail().read().at_or_below(entity.eid, version) {
+            return Ok(row.version);
+        }
+        let row = sqlx::query("SELECT coalesce(max(version), 0) FROM log_index WHERE eid = ? AND version <= ?")
+            .bind(entity.eid)
+            .bind(i64::try_from(version).unwrap_or(i64::MAX))
+            .fetch_one(&self.database().readers)
+            .await;
+        row.and_then(|row| row.try_get::<i64, _>(0)).map(i64::cast_unsigned).map_err(|error| self.read_error(error))
+    }
+
+    /// Entities in the order of their numbers, above `after`, at most `rows_max` of them. A damaged row stands as its number alone.
+    ///
+    /// # Errors
+    /// The file cannot be read.
+    pub async fn entities(&self, after: i64, rows_max: u32) -> Result<Vec<Result<EntityRow, i64>>, ReadError> {
+        self.check_readable()?;
+        let rows = sqlx::query("SELECT * FROM entity WHERE eid > ? ORDER BY eid LIMIT ?")
+            .bind(after)
+            .bind(rows_max)
+            .fetch_all(&self.database().readers)
+            .await
+            .map_err(|error| self.read_error(error))?;
+        let read = |row: &SqliteRow| -> sqlx::Result<Result<EntityRow, i64>> {
+            let eid = row.try_get("eid")?;
+            Ok(EntityRow::from_row(row)?.ok_or(eid))
+        };
+        rows.iter().map(|row| read(row).map_err(|error| self.read_error(error))).collect()
+    }
+
+    pub(crate) fn check_readable(&self) -> Result<(), ReadError> {
+        if self.database().stats.is_suspect() {
+            return Err(ReadError::Closed { file: self.database().file.to_string() });
+        }
+        Ok(())
+    }
+
+    pub(crate) fn read_error(&self, source: sqlx::Error) -> ReadError {
+        self.database().read_error(source)
+    }
+
+    pub(crate) fn bad_row(&self, position: u64, detail: impl Into<String>) -> ReadError {
+        ReadError::BadRow { file: self.database().file.to_string(), position, detail: detail.into() }
+    }
+
+    /// The rows that `query` selects, which are those of `entity`.
+    async fn log_rows(&self, query: Bound, entity: &EntityRow) -> Result<Vec<LogRow>, ReadError> {
+        let rows = query.fetch_all(&self.database().readers).await.map_err(|error| self.read_error(error))?;
+        rows.iter().map(|row| self.log_row(row, entity)).collect()
+    }
+
+    fn log_row(&self, row: &SqliteRow, entity: &EntityRow) -> Result<LogRow, ReadError> {
+        let (row, hash, checksum) = log_row::parse(row, entity).map_err(|error| self.read_error(error))?;
+        if hash.checksum() != checksum {
+            return Err(self.bad_row(row.position, "it does not match its checksum"));
+        }
+        Ok(row)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::{
+        Activation,
+        test_shard::{TestShard, commit},
+    };
+
+    async fn plan(shard: &Shard, statement: &str) -> String {
+        let explain = sqlx::AssertSqlSafe(format!("EXPLAIN QUERY PLAN {statement}"));
+        let rows = sqlx::query(explain).fetch_all(&shard.database().readers).await.unwrap();
+        rows.iter().map(|row| row.get::<String, _>("detail")).collect::<Vec<_>>().join("; ")
+    }
+
+    #[tokio::test]
+    async fn append_keys_are_looked_up_in_their_index() {
+        let shard = TestShard::new().await;
+        let found = plan(&shard, FIND_APPEND).await;
+        assert_eq!(found, "SEARCH log USING INDEX log_by_append_key (eid=? AND append_key=?)");
+        let listed = plan(&shard, APPEND_KEYS).await;
+        assert!(listed.starts_with("SEARCH log USING COVERING INDEX log_by_append_key (eid=?"), "{listed}");
+        shard.stop().await;
+    }
+
+    #[tokio::test]
+    async fn a_commit_is_found_by_its_append_key_and_by_no_other_entitys() {
+        let shard = TestShard::new().await;
+        let (entity, other) = (shard.entity(1, 0), shard.entity(2, 0));
+        shard.append(&entity, 1..=3).await;
+        let unkeyed = crate::Commit { append_key: None, ..commit(&other, 1) };
+        shard.submit(&Arc::new(Activation::at(0)), unkeyed).await.unwrap().unwrap();
+        let key = commit(&entity, 2).append_key.unwrap();
+        assert_eq!(shard.find_append(&entity, &key).await.unwrap().map(|row| row.version), Some(2));
+        assert_eq!(shard.find_append(&other, &key).await.unwrap(), None);
+        assert_eq!(shard.find_append(&entity, b"never").await.unwrap(), None);
+        let mut keys = shard.append_keys(&entity, 9).await.unwrap();
+        keys.sort();
+        assert_eq!(keys, (1..=3).map(|version| commit(&entity, version).append_key.unwrap()).collect::<Vec<_>>());
+        assert_eq!(shard.append_keys(&entity, 2).await.unwrap().len(), 2);
+        assert!(shard.append_keys(&other, 9).await.unwrap().is_empty());
+        shard.stop().await;
+    }
+
+    /// Five commits are in the index, five in the tail.
+    #[tokio::test]
+    async fn the_log_is_read_backwards_across_index_and_tail() {
+        let mut shard = TestShard::new().await;
+        let (entity, other) = (shard.entity(1, 0), shard.entity(2, 0));
+        shard.append(&entity, 1..=5).await;
+        shard.append(&other, 1..=2).await;
+        shard.reopen().await;
+        shard.append(&entity, 6..=10).await;
+        shard.append(&other, 3..=3).await;
+        for before in (0..=12).chain([u64::MAX]) {
+            for rows_max in [0, 1, 4, 5, 7, 99] {
+                let rows = shard.read_log_before(&entity, before, rows_max).await.unwrap();
+                let found: Vec<u64> = rows.iter().map(|row| row.version).collect();
+                let expected: Vec<u64> =
+                    (1..=10).rev().filter(|version| *version < before).take(rows_max as usize).collect();
+                assert_eq!(found, expected, "before {before}, at most {rows_max}");
+            }
+        }
+        shard.stop().await;
+    }
+
+    /// The writer moves the tail to the index all the time; a reader must not see a row twice, and none not at all.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_backward_read_beside_appends_has_no_gap_and_no_duplicate() {
+        const COMMITS: u64 = 400;
+        let shard = Arc::new(TestShard::new().await);
+        let entity = shard.entity(1, 0);
+        shard.append(&entity, 1..=1).await;
+        let writer = tokio::spawn({
+            let (shard, entity) = (shard.clone(), entity.clone());
+            async move {
+                for version in 2..=COMMITS {
+                    shard.append(&entity, version..=version).await;
+                    if version % 3 == 0 {
+                        shard.persist_marks();
+                    }
+                }
+            }
+        });
+        let mut newest = 1;
+        while newest < COMMITS {
+            let rows = shard.read_log_before(&entity, u64::MAX, 1000).await.unwrap();
+            let versions: Vec<u64> = rows.iter().map(|row| row.version).collect();
+            assert!(versions[0] >= newest, "{} after {newest}", versions[0]);
+            newest = versions[0];
+            assert_eq!(versions, (1..=newest).rev().collect::<Vec<_>>());
+        }
+        writer.await.unwrap();
+        shard.stop().await;
+    }
+}
