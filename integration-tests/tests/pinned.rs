@@ -72,6 +72,7 @@ fn the_words_of_an_append_that_failed() {
         },
         Unavailable::NoKey { entity: ENTITY, cause: VaultError::KeyMissing },
         Unavailable::Interrupted { entity: ENTITY },
+        Unavailable::SequenceBroken { entity: ENTITY },
         Unavailable::ShuttingDown,
     ];
     assert_snapshot!(words(unavailable.map(AppendError::from)), @r"
@@ -85,19 +86,34 @@ fn the_words_of_an_append_that_failed() {
     entity [hex] is quarantined (its actor failed); it is tried again after 4s
     no key could be stored for entity [hex]; nothing was written: keys.db does not have the entity's key, so that its events cannot be read; restore keys.db from its backup
     entity [hex] stopped before it came to the request; retry
+    an earlier append to entity [hex] in the same sequence failed; this one was not written, send it again in a new sequence after that one
     the store is shutting down
     ");
     let refused = [
         Refused::WrongVersion { entity: ENTITY, expected: Version(4), actual: Version(5) },
         Refused::ApplyPanicked { entity: ENTITY },
+        Refused::CommandPanicked { entity: ENTITY },
+        Refused::KeyReused { entity: ENTITY, version: Version(4) },
+        Refused::InvalidKey { bytes: 257, bytes_max: 256 },
+        Refused::NoSuchVersion { entity: ENTITY, asked: Version(5), newest: Version(4) },
+        Refused::Upcasters { kind: "account".into(), reason: "an upcaster takes Put of schema 3".into() },
         Refused::Erased { entity: ENTITY },
     ];
     assert_snapshot!(words(refused.map(AppendError::from)), @r"
     entity [hex] is at version 5, expected 4; nothing was written, read it again and decide anew
     applying an event to entity [hex] panicked; nothing was written, mend the kind's `apply` or the event
+    a command on entity [hex] panicked; nothing was written, mend its `decide`
+    entity [hex] has used this idempotency key for another request, which made version 4; nothing was written, use a new key for a new request
+    the idempotency key (257 bytes) is refused; a key has 1 to 256 bytes
+    entity [hex] is at version 4, there is no version 5 yet
+    the upcasters of kind account are refused: an upcaster takes Put of schema 3
     entity [hex] was erased
     ");
-    assert_snapshot!(words([AppendError::Unknown { entity: ENTITY, detail: "disk I/O error".into() }]), @"the outcome of the append to entity [hex] is unknown (disk I/O error); read the entity before trying again");
+    let unknown = |has_key| AppendError::Unknown { entity: ENTITY, detail: "disk I/O error".into(), has_key };
+    assert_snapshot!(words([unknown(false), unknown(true)]), @r"
+    the outcome of the write to entity [hex] is unknown (disk I/O error); read the entity before trying again
+    the outcome of the write to entity [hex] is unknown (disk I/O error); send it again with the same idempotency key: it happens once
+    ");
 }
 
 #[test]

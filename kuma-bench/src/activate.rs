@@ -113,7 +113,7 @@ async fn one_run(args: &ActivateArgs, base: &Path, progress: &Progress) -> Resul
 }
 
 /// The same rows by a prepared statement on an open connection: what reading them takes, without opening or folding them.
-fn reference(directory: &Path, events: u64) -> Result<Histogram<u32>> {
+pub(crate) fn reference(directory: &Path, events: u64) -> Result<Histogram<u32>> {
     let files = store::shard_files(directory)?;
     let (mut entities, mut selects) = (Vec::new(), Vec::new());
     for (file, connection) in files.iter().enumerate() {
@@ -151,7 +151,7 @@ fn read_rows(select: &mut Statement<'_>, eid: i64) -> Result<u64> {
 }
 
 /// Reads every file once.
-fn warm_page_cache(directory: &Path) -> Result<()> {
+pub(crate) fn warm_page_cache(directory: &Path) -> Result<()> {
     for entry in std::fs::read_dir(directory)? {
         let entry = entry?;
         if entry.metadata()?.is_file() {

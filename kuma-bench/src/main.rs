@@ -9,6 +9,7 @@ mod memory;
 mod progress;
 mod raw;
 mod read;
+mod replay;
 mod store;
 mod tasks;
 mod usage;
@@ -61,6 +62,13 @@ enum Command {
     /// one after the other in no order. The reference reads the same rows with a prepared statement and drops them.
     /// activate_ratio is Kuma's median by its median.
     Activate(activate::ActivateArgs),
+    /// A long history brought into memory, from its events and from a snapshot, against a bare read of its rows
+    ///
+    /// One entity. replay_* is its first use without snapshots, key and opening of each commit included, and replay_rss_mib how much
+    /// resident memory grew meanwhile, at its peak; history_* the stream of its events to a reader. snapshot_activation_first_ms is
+    /// its first use after the store was opened, snapshot_activation_ms the median of 100 more, each after it left memory. The
+    /// reference reads the same rows with a prepared statement and drops them; replay_ratio is Kuma's time by its time.
+    Replay(replay::ReplayArgs),
     /// Memory of live entities, against bare tasks with a channel
     ///
     /// The growth of the resident memory by the number of entities, each in a process of its own: after one append of 64 B to
@@ -127,6 +135,7 @@ fn run(command: Command) -> Result<()> {
             Command::Write(args) => write::run(args).await,
             Command::Read(args) => read::run(args).await,
             Command::Activate(args) => activate::run(args).await,
+            Command::Replay(args) => replay::run(args).await,
             Command::Memory(args) => memory::run(args).await,
             Command::MemoryPhase(args) => memory::phase(args).await,
         }

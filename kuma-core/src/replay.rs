@@ -11,6 +11,7 @@ use std::{
     sync::Arc,
 };
 
+use futures_util::future::join;
 use kuma_crypto::{AppendKeyHash, CommitPlace, DataKey, IdHash, KeyId, hash_append_key, open_commit, open_id};
 use kuma_shard::{CopyId, EntityRow, LogRow, Shard};
 
@@ -160,47 +161,93 @@ async fn fold_from(
     until: Until,
     restored: Option<Restored>,
 ) -> Result<Option<(Past, ReplayCost)>, ReplayError> {
-    let mut past = Past::first(kind)?;
-    let mut cost = ReplayCost::default();
-    let mut ends_with = None;
+    let mut folding =
+        Folding { kind, opener, until, past: Past::first(kind)?, cost: ReplayCost::default(), check: None };
     if let Some(Restored { state, version, last_first, .. }) = restored {
         // The commit that the snapshot ends with is read once more: it has to be there, and its time is needed.
-        past = Past { state, version: last_first.saturating_sub(1), at_us: 0, last_first };
-        ends_with = Some(version);
+        folding.past = Past { state, version: last_first.saturating_sub(1), at_us: 0, last_first };
+        folding.check = Some(version);
     }
-    let mut rows_max = FIRST_PAGE_ROWS;
+    let mut page = opener.page(&core.shard, folding.past.version, FIRST_PAGE_ROWS).await?;
     loop {
-        let (rows, is_last) = opener.page(&core.shard, past.version, rows_max).await?;
+        let (rows, is_last) = page;
         let bytes: usize = rows.iter().map(|row| row.body.len()).sum();
-        rows_max = next_page_rows(rows.len(), bytes);
+        let rows_max = next_page_rows(rows.len(), bytes);
+        let next = rows.last().filter(|_| !is_last).map(last_version);
+        let next = async {
+            match next {
+                Some(after) => opener.page(&core.shard, after, rows_max).await.map(Some),
+                None => Ok(None),
+            }
+        };
+        // The next page is read while this one is folded.
+        let (next, step) = join(next, async { folding.fold_page(&rows) }).await;
+        match step? {
+            Step::More => {}
+            Step::Done => break,
+            Step::NotInLog => {
+                core.metrics.snapshot_ignored(Misfit::NotInLog);
+                return Ok(None);
+            }
+            Step::TooNew => return Ok(None),
+        }
+        match next? {
+            Some(more) => page = more,
+            None if folding.check.is_some() => {
+                core.metrics.snapshot_ignored(Misfit::NotInLog);
+                return Ok(None);
+            }
+            None => break,
+        }
+    }
+    Ok(Some((folding.past, folding.cost)))
+}
+
+/// What a page led to.
+enum Step {
+    More,
+    /// As far as was asked for.
+    Done,
+    /// The log does not hold the commit that the snapshot ends with.
+    NotInLog,
+    /// The snapshot is of a later time than was asked for.
+    TooNew,
+}
+
+/// A replay on its way.
+struct Folding<'a> {
+    kind: &'a dyn Kind,
+    opener: &'a Opener,
+    until: Until,
+    past: Past,
+    cost: ReplayCost,
+    /// The version of the snapshot that it begins with, as long as the log was not compared with it.
+    check: Option<u64>,
+}
+
+impl Folding<'_> {
+    fn fold_page(&mut self, rows: &[LogRow]) -> Result<Step, ReplayError> {
         for row in rows {
-            if !until.includes(&row) {
-                // A snapshot of a later time was not the one to begin with.
-                return Ok(ends_with.is_none().then_some((past, cost)));
+            if !self.until.includes(row) {
+                return Ok(if self.check.is_some() { Step::TooNew } else { Step::Done });
             }
-            if let Some(version) = ends_with.take() {
-                if row.version != past.last_first || last_version(&row) != version {
-                    core.metrics.snapshot_ignored(Misfit::NotInLog);
-                    return Ok(None);
+            match self.check.take() {
+                Some(version) if (row.version, last_version(row)) != (self.past.last_first, version) => {
+                    return Ok(Step::NotInLog);
                 }
-            } else {
-                let plaintext = opener.open(&row)?;
-                fold(kind, &mut past.state, &row, &plaintext, until.events_of(&row))?;
-                cost.add(row.body.len());
+                Some(_) => {}
+                None => {
+                    let plaintext = self.opener.open(row)?;
+                    fold(self.kind, &mut self.past.state, row, &plaintext, self.until.events_of(row))?;
+                    self.cost.add(row.body.len());
+                }
             }
-            past.version = until.clamp(last_version(&row));
-            past.at_us = row.at_us;
-            past.last_first = row.version;
+            self.past.version = self.until.clamp(last_version(row));
+            self.past.at_us = row.at_us;
+            self.past.last_first = row.version;
         }
-        if is_last {
-            break;
-        }
+        Ok(Step::More)
     }
-    if ends_with.is_some() {
-        core.metrics.snapshot_ignored(Misfit::NotInLog);
-        return Ok(None);
-    }
-    Ok(Some((past, cost)))
 }
 
 fn last_version(row: &LogRow) -> u64 {

@@ -6,7 +6,8 @@
 //!
 //! Invariants:
 //! - One actor a store, one snapshot at a time: however many entities are due, appends keep the processors.
-//! - What waits is bounded. An entity that finds no room goes on without, and asks again later.
+//! - What waits is bounded, here in number and at the writer in bytes. An entity that finds no room goes on without, and asks again
+//!   later.
 
 use std::sync::{
     Arc,
@@ -105,8 +106,12 @@ fn make(job: &SnapshotJob) {
     match snapshot::seal(&**kind, opener, durable, *last_first) {
         Ok(row) => {
             view.usage.set_snapshot_bytes(row.body.len());
-            // Should it not be written, the entity asks again in its time.
-            core.shard.save_snapshot(row, Box::new(|_| {}));
+            match core.shard.budget().take(row.body.len()) {
+                // Should it not be written, the entity asks again in its time.
+                Some(room) => core.shard.save_snapshot(row, Box::new(move |_| drop(room))),
+                // The disk is behind: appends come first.
+                None => core.metrics.snapshots_skipped.add(1),
+            }
         }
         Err(why) => {
             core.metrics.snapshots_skipped.add(1);

@@ -1,7 +1,7 @@
 //! SQLite files as Kuma uses them: the only crate with SQL in it. It sees sealed bytes only.
 //!
 //! - [`DataDir`]: the lock and the identity of a data directory.
-//! - [`Shard`]: one file, one writer. [`Submission`]s go in, and are settled once durable; rows come out verified.
+//! - [`Shard`]: one file, one writer. [`Submission`]s and [`SnapshotRow`]s go in, and are settled once durable; rows come out verified.
 //! - [`KeyStore`]: the wrapped keys, in a file of their own.
 //!
 //! A database is written by one ractor actor that groups what gathers while a commit is in flight (`writer`), is copied from its
@@ -18,6 +18,7 @@ mod error;
 mod ids;
 mod keys;
 mod log_book;
+mod log_entry;
 mod log_row;
 mod metrics;
 mod open;
@@ -46,7 +47,7 @@ pub use entity_row::EntityRow;
 pub use error::{CommitError, NotWritten, OpenError, ReadError};
 pub use ids::{CopyId, DiskId, EntityHash, Epoch, SLOTS, Slot};
 pub use keys::{KeyRow, KeyStore, KeysReport};
-pub use log_book::{Commit, OnSettled, Submission};
+pub use log_entry::{Commit, OnSettled, Submission};
 pub use log_row::LogRow;
 pub use row_hash::Digest;
 pub use schema::FORMAT;

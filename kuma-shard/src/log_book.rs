@@ -6,7 +6,7 @@
 //! - A commit is written only under an owned slot, under an activation that is not void, and as the version that follows both what
 //!   that activation wrote and what the log holds: a second activation of an entity is refused here, whatever let it come about.
 //! - One commit that cannot be written fails alone, with the later ones of its activation.
-//! - Snapshots go with a group and are none of its commits: those that cannot be written fail alone.
+//! - Snapshots go with a group and are given up before a commit of it fails because of them.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -18,6 +18,7 @@ use sqlx::SqliteConnection;
 use crate::{
     Activation, CommitError, Digest, EntityRow, NotWritten, Slot, SnapshotRow,
     book::{Book, Progress, Size},
+    log_entry::{Commit, LogEntry, Work},
     progress::Stored,
     row_hash::{RowFields, RowHash},
     slots::{self, Ownership, SlotImage, SlotSum},
@@ -26,99 +27,6 @@ use crate::{
     statements::{self, Transaction},
     tail::{SharedTail, TAIL_ROWS_MAX, TailRow},
 };
-
-/// The events of one append, sealed.
-#[derive(Debug)]
-pub struct Commit {
-    /// The entity: number, slot, hash and key must be those of its row.
-    pub entity: Arc<EntityRow>,
-    /// Whether the entity's row has to be written first: this is its first commit.
-    pub create: bool,
-    /// The version of the first event.
-    pub first_version: u64,
-    /// How many events.
-    pub count: u32,
-    /// Microseconds since 1970; never less than the entity's commit before.
-    pub at_us: i64,
-    /// The keyed hash of the caller's idempotency key.
-    pub append_key: Option<Vec<u8>>,
-    /// The sealed events.
-    pub body: Vec<u8>,
-}
-
-impl Commit {
-    fn last_version(&self) -> u64 {
-        self.first_version + u64::from(self.count) - 1
-    }
-}
-
-/// Whoever waits for a submission is told through this, exactly once.
-pub type OnSettled = Box<dyn FnOnce(Result<(), CommitError>) + Send>;
-
-/// Something handed to a shard's writer.
-pub struct Submission {
-    /// What it was decided in.
-    pub activation: Arc<Activation>,
-    /// The commit, or none for a barrier: a barrier is settled when all that was submitted before it is, and with an error if that
-    /// voided its activation.
-    pub commit: Option<Commit>,
-    /// Told when it is settled.
-    pub on_settled: OnSettled,
-}
-
-/// What an entry asks for.
-enum Work {
-    Commit(Arc<Activation>, Commit),
-    /// Told when all before it is settled.
-    Barrier(Arc<Activation>),
-    Snapshot(SnapshotRow),
-}
-
-/// Something on its way, with the reason why it alone was refused.
-pub(crate) struct LogEntry {
-    work: Work,
-    on_settled: OnSettled,
-    refusal: Option<NotWritten>,
-}
-
-impl LogEntry {
-    /// A snapshot to be saved.
-    pub(crate) fn snapshot(snapshot: SnapshotRow, on_settled: OnSettled) -> Self {
-        LogEntry { work: Work::Snapshot(snapshot), on_settled, refusal: None }
-    }
-
-    /// Settles an entry that never reached its writer.
-    pub(crate) fn refuse(self, error: CommitError) {
-        if let Work::Commit(activation, _) | Work::Barrier(activation) = &self.work {
-            activation.void();
-        }
-        (self.on_settled)(Err(error));
-    }
-
-    fn commit(&self) -> Option<&Commit> {
-        match &self.work {
-            Work::Commit(_, commit) => Some(commit),
-            Work::Barrier(_) | Work::Snapshot(_) => None,
-        }
-    }
-
-    fn snapshot_row(&self) -> Option<&SnapshotRow> {
-        match &self.work {
-            Work::Snapshot(snapshot) => Some(snapshot),
-            Work::Commit(..) | Work::Barrier(_) => None,
-        }
-    }
-}
-
-impl From<Submission> for LogEntry {
-    fn from(Submission { activation, commit, on_settled }: Submission) -> Self {
-        let work = match commit {
-            Some(commit) => Work::Commit(activation, commit),
-            None => Work::Barrier(activation),
-        };
-        LogEntry { work, on_settled, refusal: None }
-    }
-}
 
 /// What a group changes, until it is known to be durable.
 #[derive(Clone)]

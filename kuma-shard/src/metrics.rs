@@ -100,7 +100,10 @@ mod tests {
     use parking_lot::Mutex;
 
     use super::*;
-    use crate::{SnapshotRow, test_shard::TestShard};
+    use crate::{
+        Activation, Commit, SnapshotRow,
+        test_shard::{TestShard, commit},
+    };
 
     /// Of a histogram only the number of values, of a gauge the bits.
     #[derive(Default)]
@@ -122,6 +125,10 @@ mod tests {
             let labels: Vec<_> = key.labels().map(|label| (label.key(), label.value())).collect();
             assert_eq!(labels, [("file", "shard-000.db")]);
             self.values.lock().entry(key.name().to_owned()).or_default().clone()
+        }
+
+        fn values(&self) -> BTreeMap<String, u64> {
+            self.values.lock().iter().map(|(name, value)| (name.clone(), value.load(Relaxed))).collect()
         }
 
         fn describe(&self, name: KeyName) {
@@ -155,13 +162,18 @@ mod tests {
         }
     }
 
-    #[tokio::test]
-    async fn a_file_tells_how_its_writer_fares() {
+    async fn observed() -> (TestShard, Collector) {
         let collector = Collector::default();
         let shard = {
             let _installed = metrics::set_default_local_recorder(&collector);
             TestShard::new().await
         };
+        (shard, collector)
+    }
+
+    #[tokio::test]
+    async fn a_file_tells_how_its_writer_fares() {
+        let (shard, collector) = observed().await;
         let entity = shard.entity(1, 0);
         shard.append(&entity, 1..=5).await;
         for version in [3, 2] {
@@ -181,12 +193,29 @@ mod tests {
             (SNAPSHOTS, 1),
         ];
         let expected: BTreeMap<String, u64> = expected.map(|(name, value)| (name.to_owned(), value)).into();
-        let found: BTreeMap<String, u64> =
-            collector.values.lock().iter().map(|(name, value)| (name.clone(), value.load(Relaxed))).collect();
-        assert_eq!(found, expected);
+        assert_eq!(collector.values(), expected);
         assert!(collector.described.lock().iter().eq(expected.keys()));
         let stats = shard.stats();
         assert_eq!((stats.groups, stats.entries), (3, 7));
+        shard.stop().await;
+    }
+    /// The log is copied when it has 16 MiB; how much more is written until then is the checkpointer's affair.
+    #[tokio::test]
+    async fn a_checkpoint_is_counted_and_timed() {
+        let (shard, collector) = observed().await;
+        let entity = shard.entity(1, 0);
+        let activation = Arc::new(Activation::at(0));
+        for version in 1..=200 {
+            let body = vec![7; 1 << 20];
+            shard.submit(&activation, Commit { body, ..commit(&entity, version) }).await.unwrap().unwrap();
+            if shard.stats().checkpoints > 0 {
+                break;
+            }
+        }
+        let (stats, values) = (shard.stats(), collector.values());
+        assert!(stats.checkpoints > 0, "{stats:?}");
+        assert_eq!((values[CHECKPOINTS], values[CHECKPOINT_SECONDS]), (stats.checkpoints, stats.checkpoints));
+        assert_eq!(f64::from_bits(values[WAL_PAGES]), stats.wal_pages as f64);
         shard.stop().await;
     }
 }

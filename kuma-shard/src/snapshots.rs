@@ -7,7 +7,7 @@
 
 use sqlx::{Row, SqliteConnection};
 
-use crate::{OnSettled, ReadError, Shard, log_book::LogEntry};
+use crate::{OnSettled, ReadError, Shard, log_entry::LogEntry};
 
 /// The saved state of one entity.
 #[derive(Clone, Debug, PartialEq, Eq)]

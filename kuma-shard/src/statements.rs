@@ -9,8 +9,8 @@ use std::sync::LazyLock;
 use sqlx::{Row, Sqlite, SqliteConnection, query::Query, sqlite::SqliteArguments};
 
 use crate::{
-    EntityRow,
-    log_book::{Commit, Place},
+    Commit, EntityRow,
+    log_book::Place,
     progress::{self, Stored},
     tail::TailRow,
 };

@@ -1,0 +1,98 @@
+//! What is handed to the writer of a shard: commits, barriers and snapshots, each with whoever waits for it.
+
+use std::sync::Arc;
+
+use crate::{Activation, CommitError, EntityRow, NotWritten, SnapshotRow};
+
+/// The events of one append, sealed.
+#[derive(Debug)]
+pub struct Commit {
+    /// The entity: number, slot, hash and key must be those of its row.
+    pub entity: Arc<EntityRow>,
+    /// Whether the entity's row has to be written first: this is its first commit.
+    pub create: bool,
+    /// The version of the first event.
+    pub first_version: u64,
+    /// How many events.
+    pub count: u32,
+    /// Microseconds since 1970; never less than the entity's commit before.
+    pub at_us: i64,
+    /// The keyed hash of the caller's idempotency key.
+    pub append_key: Option<Vec<u8>>,
+    /// The sealed events.
+    pub body: Vec<u8>,
+}
+
+impl Commit {
+    pub(crate) fn last_version(&self) -> u64 {
+        self.first_version + u64::from(self.count) - 1
+    }
+}
+
+/// Whoever waits for a submission is told through this, exactly once.
+pub type OnSettled = Box<dyn FnOnce(Result<(), CommitError>) + Send>;
+
+/// Something handed to a shard's writer.
+pub struct Submission {
+    /// What it was decided in.
+    pub activation: Arc<Activation>,
+    /// The commit, or none for a barrier: a barrier is settled when all that was submitted before it is, and with an error if that
+    /// voided its activation.
+    pub commit: Option<Commit>,
+    /// Told when it is settled.
+    pub on_settled: OnSettled,
+}
+
+/// What an entry asks for.
+pub(crate) enum Work {
+    Commit(Arc<Activation>, Commit),
+    /// Told when all before it is settled.
+    Barrier(Arc<Activation>),
+    Snapshot(SnapshotRow),
+}
+
+/// Something on its way, with the reason why it alone was refused.
+pub(crate) struct LogEntry {
+    pub(crate) work: Work,
+    pub(crate) on_settled: OnSettled,
+    pub(crate) refusal: Option<NotWritten>,
+}
+
+impl LogEntry {
+    /// A snapshot to be saved.
+    pub(crate) fn snapshot(snapshot: SnapshotRow, on_settled: OnSettled) -> Self {
+        LogEntry { work: Work::Snapshot(snapshot), on_settled, refusal: None }
+    }
+
+    /// Settles an entry that never reached its writer.
+    pub(crate) fn refuse(self, error: CommitError) {
+        if let Work::Commit(activation, _) | Work::Barrier(activation) = &self.work {
+            activation.void();
+        }
+        (self.on_settled)(Err(error));
+    }
+
+    pub(crate) fn commit(&self) -> Option<&Commit> {
+        match &self.work {
+            Work::Commit(_, commit) => Some(commit),
+            Work::Barrier(_) | Work::Snapshot(_) => None,
+        }
+    }
+
+    pub(crate) fn snapshot_row(&self) -> Option<&SnapshotRow> {
+        match &self.work {
+            Work::Snapshot(snapshot) => Some(snapshot),
+            Work::Commit(..) | Work::Barrier(_) => None,
+        }
+    }
+}
+
+impl From<Submission> for LogEntry {
+    fn from(Submission { activation, commit, on_settled }: Submission) -> Self {
+        let work = match commit {
+            Some(commit) => Work::Commit(activation, commit),
+            None => Work::Barrier(activation),
+        };
+        LogEntry { work, on_settled, refusal: None }
+    }
+}
