@@ -44,6 +44,9 @@ pub(crate) struct WriteArgs {
     /// Appends that each writer has on their way at a time
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     in_flight: u32,
+    /// Give each append an idempotency key of its own
+    #[arg(long)]
+    keys: bool,
     /// Read everything back after each run and compare counts and contents; exit with 1 if anything differs
     #[arg(long)]
     verify: bool,
@@ -78,6 +81,7 @@ async fn one_run(args: &WriteArgs, base: &Path, progress: &Progress) -> Result<(
         stamps: Stamps::new(args.entities),
         batch: u64::from(args.batch),
         in_flight: args.in_flight as usize,
+        keys: args.keys,
         left: AtomicU64::new(args.events),
         overloads: AtomicU64::new(0),
     });
@@ -158,6 +162,7 @@ struct Plan {
     stamps: Stamps,
     batch: u64,
     in_flight: usize,
+    keys: bool,
     /// Events that no writer has taken yet. One count for all, so that they end together.
     left: AtomicU64,
     overloads: AtomicU64,
@@ -218,7 +223,11 @@ impl Writer {
         self.next = (self.next + 1) % self.handles.len();
         let stamps = plan.stamps.take(*entity, count);
         loop {
-            match handle.append_all(plan.payloads.events(*entity, stamps.clone())).submit().await {
+            let mut append = handle.append_all(plan.payloads.events(*entity, stamps.clone()));
+            if plan.keys {
+                append = append.idempotency_key(stamps.start.to_le_bytes());
+            }
+            match append.submit().await {
                 Err(AppendError::Unavailable(Unavailable::Overloaded { retry_after, .. })) => {
                     plan.overloads.fetch_add(1, Relaxed);
                     tokio::time::sleep(retry_after).await;

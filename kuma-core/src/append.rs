@@ -29,7 +29,7 @@ pub struct Append<'a> {
 
 /// An append on its way. Resolves once it is durable, or was refused. Dropping it changes nothing about the append.
 #[must_use = "the outcome is only known when this resolves"]
-pub struct Pending(Answer);
+pub struct Pending(pub(crate) Answer);
 
 /// What became of an append that was not refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

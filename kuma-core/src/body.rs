@@ -122,7 +122,7 @@ impl EventEncoder {
     }
 }
 
-const EVENT_NAME_BYTES_MAX: usize = 128;
+pub(crate) const EVENT_NAME_BYTES_MAX: usize = 128;
 /// As JSON has it in serde: values are read and dropped by recursion, and a stack ends.
 const DEPTH_MAX: usize = 128;
 const MAP_OF_ONE: u8 = 0x81;

@@ -41,7 +41,7 @@ pub struct Kuma {
 pub(crate) struct Inner {
     pub(crate) limits: Limits,
     parts: Arc<Parts>,
-    kinds: RwLock<HashMap<String, Arc<dyn Kind>>>,
+    pub(crate) kinds: RwLock<HashMap<String, Arc<dyn Kind>>>,
 }
 
 /// A shard, or why it is out of use.

@@ -1,0 +1,811 @@
+//! Import: lines of text (see `ndjson.rs`) become commits, each of them once.
+//!
+//! ```text
+//! line ──► commit whole? ──no──► kept until its other lines are read
+//!              │ yes
+//!              ▼                            full: wait for the oldest
+//!          appended without waiting ──► on the way ──settled──► counted
+//! ```
+//!
+//! Invariants:
+//! - A commit is one append with an idempotency key that follows from the name of the source and the number of its first line (or
+//!   that the line gives). So an import can be cut off at any moment and run again, and nothing is there twice.
+//! - An entity's commits are appended in the order of the file, and none after one that failed: they are one [`Sequence`].
+//! - Nothing of a commit is applied before all its lines were read.
+//! - Memory is bounded, whatever the file: by one line, by the commits on the way, by the commits that are not whole yet, and by the
+//!   entities of which a handle is kept.
+
+mod lines;
+
+use std::{
+    collections::{HashMap, HashSet, VecDeque},
+    fmt, io,
+    sync::Arc,
+};
+
+use futures_util::FutureExt;
+use kuma_shard::EntityHash;
+use tokio::io::AsyncBufRead;
+
+use self::lines::{Lines, LinesError};
+use crate::{
+    AppendError, Kuma, Metadata, NewEvent, Pending, RawHandle, Refused, ReplayError, Sequence, Unavailable, Version,
+    identity::check_kind,
+    ndjson::{self, CommitSpan, EventLine, LINE_BYTES_MAX, Line, LineProblem, Manifest},
+    reply::Written,
+};
+
+/// Enough that a group is full while the one before it is being synced.
+const IN_FLIGHT_DEFAULT: usize = 4096;
+/// Bytes of commits on the way. A store takes more, but then others who write to it would be refused.
+const IN_FLIGHT_BYTES_MAX: usize = 16 << 20;
+/// What a commit takes on the way beside its data.
+const COMMIT_BYTES: usize = 512;
+/// Bytes of commits of which not all lines were read yet.
+const OPEN_BYTES_MAX: usize = 64 << 20;
+/// Entities of which a handle is kept.
+const HANDLES_MAX: usize = 16 << 10;
+/// Entities that are told apart, to be counted: 16 bytes each.
+const COUNTED_MAX: usize = 1 << 20;
+/// The header that keeps the original time of an event.
+const AT: &str = "at";
+/// What separates kind and id in a map; a kind has no such character.
+const SEPARATOR: char = '\0';
+
+/// An import that is described and not run yet, see [`Kuma::import`].
+#[derive(Clone)]
+#[must_use = "nothing is read until it is run"]
+pub struct Import {
+    kuma: Kuma,
+    source: String,
+    in_flight: usize,
+    kinds: Kinds,
+}
+
+/// Which kinds are let in.
+#[derive(Clone)]
+enum Kinds {
+    All,
+    Registered,
+    These(HashSet<String>),
+}
+
+/// How far an import has come. What is on the way is not counted yet.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ImportProgress {
+    /// Lines read.
+    pub lines: u64,
+    /// Bytes read.
+    pub bytes: u64,
+    /// Commits that are durable.
+    pub commits: u64,
+    /// Their events.
+    pub events: u64,
+    /// How many of the commits an earlier run had appended.
+    pub repeated: u64,
+}
+
+/// What an import did.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ImportReport {
+    /// Lines read.
+    pub lines: u64,
+    /// Entities that they were about; none if there were more than a million, which are not told apart any more.
+    pub entities: Option<u64>,
+    /// Commits of the file that are durable.
+    pub commits: u64,
+    /// Their events.
+    pub events: u64,
+    /// How many of the commits an earlier run had appended; nothing was written for them.
+    pub repeated_commits: u64,
+    /// Their events.
+    pub repeated_events: u64,
+    /// The file's manifest, if it was found and right.
+    pub manifest: Option<Manifest>,
+    /// Whether the file ends before its end: within a line or a commit, or without the manifest that belongs to it.
+    pub truncated: bool,
+}
+
+impl ImportReport {
+    /// Events that were not in the store before.
+    pub fn new_events(&self) -> u64 {
+        self.events.saturating_sub(self.repeated_events)
+    }
+}
+
+/// Why an import stopped, where, and what it had done. Its message has the number of a line and a reason, never what stands in the line.
+#[derive(Debug)]
+pub struct ImportError {
+    /// The number of the line, from 1: the lowest one that could not be imported. Of a commit that was refused or is not whole, its
+    /// first line. 0 if it is not about a line.
+    pub line: u64,
+    /// What was wrong with it.
+    pub reason: ImportProblem,
+    /// What is durable all the same.
+    pub report: ImportReport,
+}
+
+impl fmt::Display for ImportError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.line {
+            0 => write!(f, "{}", self.reason),
+            line => write!(f, "line {line}: {}", self.reason),
+        }
+    }
+}
+
+impl std::error::Error for ImportError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        std::error::Error::source(&self.reason)
+    }
+}
+
+/// What stopped an import.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ImportProblem {
+    /// The name of the source cannot be used.
+    #[error("the name of the source has {bytes} bytes; it has 1 to {bytes_max}")]
+    Source {
+        /// Its length.
+        bytes: usize,
+        /// The limit.
+        bytes_max: usize,
+    },
+    /// The reader failed.
+    #[error("the file cannot be read: {0}")]
+    Read(#[source] io::Error),
+    /// The line is not one of the format.
+    #[error(transparent)]
+    Line(#[from] LineProblem),
+    /// The kind is not one of those that are let in.
+    #[error("its kind is not one of those that are imported")]
+    UnknownKind,
+    /// The line is not the one that comes next in its commit.
+    #[error("its version is not the next one of its commit")]
+    Misplaced,
+    /// The line says something else of its commit than the commit's first line.
+    #[error("its \"{field}\" is not that of its commit's first line")]
+    Disagrees {
+        /// The field.
+        field: &'static str,
+    },
+    /// The commit has fewer lines than it says. Nothing of it was applied.
+    #[error("the commit that begins here is not whole: {found} of its {count} events are there")]
+    IncompleteCommit {
+        /// How many there are.
+        found: usize,
+        /// How many there should be.
+        count: u32,
+    },
+    /// Too many commits are spread over the file.
+    #[error("more than {bytes_max} bytes of commits that are not whole yet: keep the lines of a commit together")]
+    TooMuchOpen {
+        /// The limit.
+        bytes_max: usize,
+    },
+    /// The entity has moved on since the file was written.
+    #[error("its entity is at version {actual}, the file expects {expected}; nothing of its commit was written")]
+    WrongVersion {
+        /// The version before the commit's first event.
+        expected: Version,
+        /// The version that the entity has.
+        actual: Version,
+    },
+    /// The idempotency key was used for other events: the file is not the one that was imported under this name, or a line was added
+    /// or removed.
+    #[error(
+        "its entity has other events under the same idempotency key (version {version}); import another file under another source name"
+    )]
+    KeyReused {
+        /// The version that they made.
+        version: Version,
+    },
+    /// An event cannot be read back from what would be written.
+    #[error("an event of its commit is not one that its kind can read")]
+    Undecodable,
+    /// The store refuses the commit for another reason.
+    #[error(transparent)]
+    Refused(Refused),
+    /// What the store has of the entity cannot be read. Its events are not named here.
+    #[error("entity {entity} cannot be read; the store's log says why")]
+    Unreadable {
+        /// The entity.
+        entity: EntityHash,
+    },
+    /// The store cannot take it now. The import can be run again.
+    #[error(transparent)]
+    Store(AppendError),
+    /// The manifest does not say what was read. All that was read is durable by then: the digest is known only at the end.
+    #[error("the manifest's {what} is not that of the lines before it: they were altered, or some are missing")]
+    WrongManifest {
+        /// What differs.
+        what: &'static str,
+    },
+    /// Something stands behind the manifest.
+    #[error("it stands after the manifest, which is the last line; import files one by one")]
+    AfterManifest,
+    /// The lines are those of an export, and the manifest that ends one is not there: the file was cut between two commits. What is
+    /// there was imported.
+    #[error("the file ends here without the manifest that belongs to an export: it was cut")]
+    MissingManifest,
+}
+
+impl From<AppendError> for ImportProblem {
+    /// Leaves out whatever could quote an event.
+    fn from(error: AppendError) -> Self {
+        match error {
+            AppendError::Refused(refused) => match refused {
+                Refused::WrongVersion { expected, actual, .. } => ImportProblem::WrongVersion { expected, actual },
+                Refused::KeyReused { version, .. } => ImportProblem::KeyReused { version },
+                Refused::Undecodable { .. } => ImportProblem::Undecodable,
+                refused => ImportProblem::Refused(refused),
+            },
+            AppendError::Unavailable(
+                Unavailable::Unreadable { entity, cause: ReplayError::Undecodable { .. } }
+                | Unavailable::Quarantined { entity, .. },
+            ) => ImportProblem::Unreadable { entity },
+            error => ImportProblem::Store(error),
+        }
+    }
+}
+
+impl From<LinesError> for ImportProblem {
+    fn from(error: LinesError) -> Self {
+        match error {
+            LinesError::Io(error) => ImportProblem::Read(error),
+            LinesError::TooLong => LineProblem::TooLong { bytes_max: LINE_BYTES_MAX }.into(),
+        }
+    }
+}
+
+impl Kuma {
+    /// Imports events from lines of text, one JSON object each:
+    ///
+    /// ```json
+    /// {"kind": "aircraft", "id": "N14228", "type": "Flown", "at": "2013-01-01T10:15:00Z", "data": {"distance": 1400}}
+    /// ```
+    ///
+    /// Needed are `kind`, `id`, `type`, and `data` (any JSON value) or `bytes` (base64 of MessagePack). Optional are `version`, `commit`
+    /// (`{"first": N, "count": N}`), `schema` (1 if it is not there), `at` (RFC 3339; kept as the metadata header `at`, the commit itself
+    /// has the time of the import), `metadata` (`{"correlation", "causation", "headers": [[name, value], ...]}`) and `key` (the
+    /// idempotency key). Other fields are refused. [`RawHandle::export`] and [`Kuma::export_all`] write such lines, and a manifest at
+    /// the end with which the import compares what it read.
+    ///
+    /// **Each line happens once.** `source` names the file (1 to 64 bytes): together with the number of a line it is the idempotency key
+    /// of its commit. An import that stopped, for whatever reason, is run again with the same name: what is there is passed over, and the
+    /// rest follows. A line that was wrong is mended in its place, so that the others keep their numbers. Another file needs
+    /// another name.
+    ///
+    /// **Commits.** Lines without `commit` are commits of their own. Lines with it are appended together, once all of them were read, in
+    /// the order of their versions; lines of other entities may stand between. Where lines carry a version (`version` or `commit`),
+    /// an entity that is not at the version before is refused; without, the events follow whatever the entity has.
+    ///
+    /// **Kinds.** Every kind is let in, and one that no Rust type was made known for ([`Kuma::register`]) folds as a document; see
+    /// [`Import::only_registered_kinds`] and [`Import::kinds`].
+    ///
+    /// ```
+    /// # use kuma_core::{Kuma, Options};
+    /// # #[tokio::main]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let dir = tempfile::tempdir()?;
+    /// # let kuma = Kuma::start(Options::new(dir.path())).await?;
+    /// let lines = br#"{"kind":"order","id":"7","type":"Placed","data":{"total":5}}
+    /// {"kind":"order","id":"7","type":"Paid","data":{"paid":true}}"#;
+    /// let report = kuma.import("orders").run(&lines[..], |_| {}).await?;
+    /// assert_eq!((report.events, report.new_events()), (2, 2));
+    ///
+    /// let again = kuma.import("orders").run(&lines[..], |_| {}).await?;
+    /// assert_eq!((again.events, again.new_events()), (2, 0));
+    /// # kuma.shutdown().await;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn import(&self, source: impl Into<String>) -> Import {
+        Import { kuma: self.clone(), source: source.into(), in_flight: IN_FLIGHT_DEFAULT, kinds: Kinds::All }
+    }
+}
+
+impl Import {
+    /// How many commits may be on their way to the disk at once. Default: 4096.
+    pub fn in_flight(mut self, commits: usize) -> Self {
+        self.in_flight = commits.max(1);
+        self
+    }
+
+    /// Refuses lines of kinds that no Rust type was made known for, by [`Kuma::register`] or [`Kuma::entity`].
+    pub fn only_registered_kinds(mut self) -> Self {
+        self.kinds = Kinds::Registered;
+        self
+    }
+
+    /// Refuses lines of all kinds but these.
+    pub fn kinds(mut self, kinds: impl IntoIterator<Item = impl Into<String>>) -> Self {
+        self.kinds = Kinds::These(kinds.into_iter().map(Into::into).collect());
+        self
+    }
+
+    /// Reads the lines to their end and appends them, many at a time. Returns when all of them are durable. `progress` is called now and
+    /// then, in between; it should be quick.
+    ///
+    /// At the first line that cannot be imported it stops reading, waits for what is on its way, and returns the lowest line that
+    /// failed. By then lines of other entities behind it may be durable, but none of the same entity, and nothing of a commit that is
+    /// not whole.
+    ///
+    /// # Errors
+    /// [`ImportError`] with the number of the line, the reason, and what is durable all the same. Mend it and run the import again.
+    /// # Cancel safety
+    /// If the future is dropped, what was submitted goes on; running the import again finishes it.
+    pub async fn run(
+        self,
+        reader: impl AsyncBufRead + Unpin + Send,
+        progress: impl FnMut(&ImportProgress) + Send,
+    ) -> Result<ImportReport, ImportError> {
+        const SOURCE_BYTES_MAX: usize = 64;
+        let bytes = self.source.len();
+        if bytes == 0 || bytes > SOURCE_BYTES_MAX {
+            let reason = ImportProblem::Source { bytes, bytes_max: SOURCE_BYTES_MAX };
+            return Err(ImportError { line: 0, reason, report: ImportReport::default() });
+        }
+        let mut lines = Lines::new(reader, LINE_BYTES_MAX);
+        let mut run = Run::new(self, progress);
+        // Why it stopped is in `run`.
+        let _ = run.read(&mut lines).await;
+        run.finish().await
+    }
+}
+
+/// The import stops; why is in [`Run::failed`].
+struct Stopped;
+
+/// An import that runs.
+struct Run<P> {
+    import: Import,
+    progress: P,
+    bytes_max: usize,
+    done: ImportProgress,
+    repeated_events: u64,
+    /// Whole commits that were read, and lines with events.
+    read_commits: u64,
+    read_events: u64,
+    /// Whether the lines are those of an export, so that a manifest has to follow.
+    has_spans: bool,
+    manifest: Option<Manifest>,
+    truncated: bool,
+    counted: Option<HashSet<EntityHash>>,
+    targets: HashMap<Box<str>, Arc<Target>>,
+    /// Commits of which not all lines were read, by entity.
+    open: HashMap<Box<str>, Commit>,
+    open_bytes: usize,
+    on_the_way: VecDeque<OnTheWay>,
+    on_the_way_bytes: usize,
+    /// Commits that were not written because the sequence was broken before they were decided, in their order.
+    broken: Vec<Commit>,
+    /// The problem with the lowest line.
+    failed: Option<(u64, ImportProblem)>,
+}
+
+/// An entity that is written to. How many clones of it there are tells how many of its commits are on the way.
+struct Target {
+    handle: RawHandle,
+    sequence: Sequence,
+}
+
+/// The lines of a commit.
+struct Commit {
+    /// The number of its first line.
+    line: u64,
+    /// Kind and id.
+    entity: Box<str>,
+    span: Option<CommitSpan>,
+    expected: Option<Version>,
+    key: Option<String>,
+    at: Option<String>,
+    metadata: Option<Metadata>,
+    events: Vec<NewEvent>,
+    bytes: usize,
+}
+
+struct OnTheWay {
+    commit: Commit,
+    /// Counted.
+    _target: Arc<Target>,
+    pending: Pending,
+}
+
+impl<P: FnMut(&ImportProgress) + Send> Run<P> {
+    fn new(import: Import, progress: P) -> Self {
+        let limits = import.kuma.open_shards().filter_map(|(_, open)| Some(open.ok()?.shard.budget().limit() / 2));
+        let bytes_max = limits.min().unwrap_or(0).min(IN_FLIGHT_BYTES_MAX);
+        Run {
+            import,
+            progress,
+            bytes_max,
+            done: ImportProgress::default(),
+            repeated_events: 0,
+            read_commits: 0,
+            read_events: 0,
+            has_spans: false,
+            manifest: None,
+            truncated: false,
+            counted: Some(HashSet::new()),
+            targets: HashMap::new(),
+            open: HashMap::new(),
+            open_bytes: 0,
+            on_the_way: VecDeque::new(),
+            on_the_way_bytes: 0,
+            broken: Vec::new(),
+            failed: None,
+        }
+    }
+
+    /// Notes why the import stops. Of several reasons the one with the lowest line counts: the others may follow from it.
+    fn fail(&mut self, line: u64, problem: impl Into<ImportProblem>) -> Stopped {
+        if self.failed.as_ref().is_none_or(|(lowest, _)| line < *lowest) {
+            self.failed = Some((line, problem.into()));
+        }
+        Stopped
+    }
+
+    /// Reads and submits everything.
+    async fn read<R: AsyncBufRead + Unpin>(&mut self, lines: &mut Lines<R>) -> Result<(), Stopped> {
+        loop {
+            let next = lines.next().await;
+            let line = lines.number();
+            (self.done.lines, self.done.bytes) = (line, lines.bytes());
+            match next {
+                Ok(true) => self.line(lines).await?,
+                Ok(false) => break,
+                Err(error) => return Err(self.fail(line, error)),
+            }
+        }
+        if !self.open.is_empty() {
+            self.truncated = true;
+            return Err(self.fail_incomplete());
+        }
+        if self.has_spans && self.manifest.is_none() {
+            self.truncated = true;
+            return Err(self.fail(lines.number(), ImportProblem::MissingManifest));
+        }
+        Ok(())
+    }
+
+    async fn line<R: AsyncBufRead + Unpin>(&mut self, lines: &Lines<R>) -> Result<(), Stopped> {
+        let number = lines.number();
+        if lines.line().trim_ascii().is_empty() {
+            return Ok(());
+        }
+        if self.manifest.is_some() {
+            return Err(self.fail(number, ImportProblem::AfterManifest));
+        }
+        match ndjson::parse(lines.line()) {
+            Ok(Line::Event(event)) => match self.event(number, event) {
+                Ok(Some(commit)) => self.submit(commit).await,
+                Ok(None) => Ok(()),
+                Err(problem) => Err(self.fail(number, problem)),
+            },
+            Ok(Line::Manifest(_)) if !self.open.is_empty() => Err(self.fail_incomplete()),
+            Ok(Line::Manifest(manifest)) => match self.compare(&manifest, &lines.digest_before()) {
+                None => {
+                    self.manifest = Some(manifest);
+                    Ok(())
+                }
+                Some(what) => Err(self.fail(number, ImportProblem::WrongManifest { what })),
+            },
+            Err(problem) => {
+                self.truncated = problem == LineProblem::Cut && !lines.is_whole();
+                Err(self.fail(number, problem))
+            }
+        }
+    }
+
+    /// Which of the commits that are not whole begins first.
+    fn fail_incomplete(&mut self) -> Stopped {
+        let first = self.open.values().min_by_key(|commit| commit.line).map(Commit::incomplete);
+        match first {
+            Some((line, problem)) => self.fail(line, problem),
+            None => Stopped,
+        }
+    }
+
+    /// What the manifest says that is not so.
+    fn compare(&self, manifest: &Manifest, digest: &str) -> Option<&'static str> {
+        let entities = self.counted.as_ref().map(|counted| counted.len() as u64);
+        let differs = [
+            ("number of entities", entities.is_some_and(|entities| entities != manifest.entities)),
+            ("number of commits", self.read_commits != manifest.commits),
+            ("number of events", self.read_events != manifest.events),
+            ("digest", digest != manifest.sha256),
+        ];
+        differs.iter().find(|(_, differs)| *differs).map(|(what, _)| *what)
+    }
+
+    /// Adds an event to its commit, and returns the commit if it is whole by that.
+    fn event(&mut self, line: u64, event: EventLine<'_>) -> Result<Option<Commit>, ImportProblem> {
+        let EventLine { kind, id, version, commit: span, name, schema, at, metadata, key, data } = event;
+        self.check(&kind)?;
+        let entity = [&*kind, "\0", &*id].concat().into_boxed_str();
+        let bytes = data.len() + name.len();
+        let event = NewEvent::message_pack(name, data).schema(schema);
+        let (at, key) = (at.map(|at| at.into_owned()), key.map(|key| key.into_owned()));
+        self.read_events += 1;
+        self.has_spans |= span.is_some();
+        if let Some(open) = self.open.get_mut(&entity) {
+            if span != open.span {
+                let (line, problem) = open.incomplete();
+                self.fail(line, problem);
+                return Err(ImportProblem::Misplaced);
+            }
+            open.go_on(version, key, at, metadata, event)?;
+            open.bytes += bytes;
+            if open.is_whole() {
+                self.read_commits += 1;
+                let whole = self.open.remove(&entity);
+                self.open_bytes -= whole.as_ref().map_or(0, |commit| commit.bytes - bytes);
+                return Ok(whole);
+            }
+            return self.keep(bytes);
+        }
+        let events_max = self.import.kuma.inner.limits.append_events_max;
+        if span.is_some_and(|span| span.count as usize > events_max) {
+            return Err(ImportProblem::Refused(Refused::TooManyEvents { events_max }));
+        }
+        if span.zip(version).is_some_and(|(span, version)| span.first != version) {
+            return Err(ImportProblem::Misplaced);
+        }
+        let first = span.map(|span| span.first).or(version);
+        let bytes = bytes + COMMIT_BYTES;
+        let commit = Commit {
+            line,
+            entity,
+            span,
+            // From 1: the format has no other.
+            expected: first.map(|first| Version(first - 1)),
+            key,
+            at,
+            metadata,
+            events: vec![event],
+            bytes,
+        };
+        if commit.is_whole() {
+            self.read_commits += 1;
+            return Ok(Some(commit));
+        }
+        self.open.insert(commit.entity.clone(), commit);
+        self.keep(bytes)
+    }
+
+    /// Whether there is room for so much more of commits that are not whole.
+    fn keep(&mut self, bytes: usize) -> Result<Option<Commit>, ImportProblem> {
+        self.open_bytes += bytes;
+        match self.open_bytes > OPEN_BYTES_MAX {
+            true => Err(ImportProblem::TooMuchOpen { bytes_max: OPEN_BYTES_MAX }),
+            false => Ok(None),
+        }
+    }
+
+    /// Whether lines of this kind are let in. Not by asking for a handle: a kind that was asked for cannot be given its Rust type
+    /// any more.
+    fn check(&self, kind: &str) -> Result<(), ImportProblem> {
+        check_kind(kind).map_err(ImportProblem::Refused)?;
+        let is_let_in = match &self.import.kinds {
+            Kinds::All => true,
+            Kinds::These(kinds) => kinds.contains(kind),
+            Kinds::Registered => {
+                let kinds = self.import.kuma.inner.kinds.read();
+                kinds.get(kind).is_some_and(|kind| kind.rust_type().is_some())
+            }
+        };
+        if is_let_in { Ok(()) } else { Err(ImportProblem::UnknownKind) }
+    }
+
+    /// Sends a commit on its way, when there is room for it.
+    async fn submit(&mut self, commit: Commit) -> Result<(), Stopped> {
+        while self.on_the_way.len() >= self.import.in_flight
+            || (!self.on_the_way.is_empty() && self.on_the_way_bytes + commit.bytes > self.bytes_max)
+        {
+            self.settle().await?;
+        }
+        let target = self.target(&commit.entity);
+        // Half of what an entity takes: others may want to write to it as well.
+        let appends_max = target.handle.core().map_or(1, |core| (core.settings.entity_appends_max / 2).max(1));
+        // One clone is in the map and one here.
+        while Arc::strong_count(&target) - 2 >= appends_max {
+            self.settle().await?;
+        }
+        match self.append(&target.handle, &commit, Some(&target.sequence)).await {
+            Ok(pending) => {
+                self.on_the_way_bytes += commit.bytes;
+                self.on_the_way.push_back(OnTheWay { commit, _target: target, pending });
+                Ok(())
+            }
+            Err(AppendError::Unavailable(Unavailable::Overloaded { .. })) => self.submit_overloaded(target, commit).await,
+            Err(error) => Err(self.fail(commit.line, error)),
+        }
+    }
+
+    /// Others write to the store as well and have filled it. The refusal broke the entity's sequence, and with it those of its commits
+    /// that were not decided yet: they and this one are sent again, one by one.
+    async fn submit_overloaded(&mut self, target: Arc<Target>, commit: Commit) -> Result<(), Stopped> {
+        while Arc::strong_count(&target) > 2 {
+            self.settle().await?;
+        }
+        let mut again = std::mem::take(&mut self.broken);
+        again.push(commit);
+        for commit in again {
+            let outcome = loop {
+                match self.append(&target.handle, &commit, None).await {
+                    Ok(pending) => break pending.0.await,
+                    Err(AppendError::Unavailable(Unavailable::Overloaded { retry_after, .. })) => {
+                        tokio::time::sleep(retry_after).await;
+                    }
+                    Err(error) => break Err(error),
+                }
+            };
+            self.settled(commit, outcome);
+            self.go_on()?;
+        }
+        let fresh = Target { handle: target.handle.clone(), sequence: Sequence::new() };
+        if let Some(target) = self.targets.values_mut().find(|known| Arc::ptr_eq(known, &target)) {
+            *target = Arc::new(fresh);
+        }
+        Ok(())
+    }
+
+    async fn append(
+        &self,
+        handle: &RawHandle,
+        commit: &Commit,
+        sequence: Option<&Sequence>,
+    ) -> Result<Pending, AppendError> {
+        let mut append = handle.append_all(commit.events.iter().cloned());
+        append = match &commit.key {
+            Some(key) => append.idempotency_key(key),
+            None => append.idempotency_key(format!("import/{}/{}", self.import.source, commit.line)),
+        };
+        if let Some(metadata) = commit.metadata() {
+            append = append.metadata(metadata);
+        }
+        if let Some(expected) = commit.expected {
+            append = append.expecting(expected);
+        }
+        if let Some(sequence) = sequence {
+            append = append.in_sequence(sequence);
+        }
+        append.submit().await
+    }
+
+    /// The entity with a handle that is kept.
+    fn target(&mut self, entity: &str) -> Arc<Target> {
+        if let Some(target) = self.targets.get(entity) {
+            return target.clone();
+        }
+        if self.targets.len() >= HANDLES_MAX {
+            // All that have nothing on the way; so that it is not done for each new entity.
+            self.targets.retain(|_, target| Arc::strong_count(target) > 1);
+        }
+        let (kind, id) = entity.split_once(SEPARATOR).unwrap_or((entity, ""));
+        let handle = self.import.kuma.raw(kind, id);
+        if let (Some(counted), Some(hash)) = (&mut self.counted, handle.hash()) {
+            counted.insert(hash);
+            if counted.len() > COUNTED_MAX {
+                self.counted = None;
+            }
+        }
+        let target = Arc::new(Target { handle, sequence: Sequence::new() });
+        self.targets.insert(entity.into(), target.clone());
+        target
+    }
+
+    /// Waits for the oldest commit on the way, and takes all others that are settled by then.
+    async fn settle(&mut self) -> Result<(), Stopped> {
+        if let Some(mut oldest) = self.on_the_way.pop_front() {
+            let outcome = (&mut oldest.pending.0).await;
+            self.arrived(oldest, outcome);
+        }
+        while let Some(outcome) = self.on_the_way.front_mut().and_then(|next| (&mut next.pending.0).now_or_never()) {
+            if let Some(next) = self.on_the_way.pop_front() {
+                self.arrived(next, outcome);
+            }
+        }
+        self.go_on()
+    }
+
+    /// Tells of the progress.
+    fn go_on(&mut self) -> Result<(), Stopped> {
+        (self.progress)(&self.done);
+        if self.failed.is_some() { Err(Stopped) } else { Ok(()) }
+    }
+
+    fn arrived(&mut self, on_the_way: OnTheWay, outcome: Result<Written, AppendError>) {
+        self.on_the_way_bytes -= on_the_way.commit.bytes;
+        self.settled(on_the_way.commit, outcome);
+    }
+
+    fn settled(&mut self, commit: Commit, outcome: Result<Written, AppendError>) {
+        let events = commit.events.len() as u64;
+        match outcome {
+            Ok(written) => {
+                self.done.commits += 1;
+                self.done.events += events;
+                if let Written::Repeated(..) = written {
+                    self.done.repeated += 1;
+                    self.repeated_events += events;
+                }
+            }
+            // Either a commit before it failed, which is the one to tell of, or it is sent again.
+            Err(AppendError::Unavailable(Unavailable::SequenceBroken { .. })) => self.broken.push(commit),
+            Err(error) => drop(self.fail(commit.line, error)),
+        }
+    }
+
+    /// Waits for everything that is on its way.
+    async fn finish(mut self) -> Result<ImportReport, ImportError> {
+        while !self.on_the_way.is_empty() {
+            // Also after one that failed.
+            let _ = self.settle().await;
+        }
+        (self.progress)(&self.done);
+        let report = ImportReport {
+            lines: self.done.lines,
+            entities: self.counted.map(|counted| counted.len() as u64),
+            commits: self.done.commits,
+            events: self.done.events,
+            repeated_commits: self.done.repeated,
+            repeated_events: self.repeated_events,
+            manifest: self.manifest,
+            truncated: self.truncated,
+        };
+        match self.failed {
+            Some((line, reason)) => Err(ImportError { line, reason, report }),
+            None => Ok(report),
+        }
+    }
+}
+
+impl Commit {
+    /// Takes its next line.
+    fn go_on(
+        &mut self,
+        version: Option<u64>,
+        key: Option<String>,
+        at: Option<String>,
+        metadata: Option<Metadata>,
+        event: NewEvent,
+    ) -> Result<(), ImportProblem> {
+        let next = self.span.map(|span| span.first + self.events.len() as u64);
+        if version.is_some() && version != next {
+            return Err(ImportProblem::Misplaced);
+        }
+        // A commit has one of each.
+        let disagrees = [
+            ("key", key.is_some() && key != self.key),
+            ("at", at.is_some() && at != self.at),
+            ("metadata", metadata.is_some() && metadata != self.metadata),
+        ];
+        if let Some((field, _)) = disagrees.iter().find(|(_, disagrees)| *disagrees) {
+            return Err(ImportProblem::Disagrees { field });
+        }
+        self.events.push(event);
+        Ok(())
+    }
+
+    fn is_whole(&self) -> bool {
+        self.span.is_none_or(|span| self.events.len() >= span.count as usize)
+    }
+
+    fn incomplete(&self) -> (u64, ImportProblem) {
+        let count = self.span.map_or(1, |span| span.count);
+        (self.line, ImportProblem::IncompleteCommit { found: self.events.len(), count })
+    }
+
+    /// With the original time.
+    fn metadata(&self) -> Option<Metadata> {
+        let Some(at) = &self.at else { return self.metadata.clone() };
+        let mut metadata = self.metadata.clone().unwrap_or_default();
+        if metadata.headers.iter().all(|(name, _)| name != AT) {
+            metadata.headers.push((AT.to_owned(), at.clone()));
+        }
+        Some(metadata)
+    }
+}
