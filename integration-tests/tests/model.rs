@@ -132,10 +132,19 @@ struct Write {
 #[derive(Clone, Debug, PartialEq)]
 enum Ending {
     /// The version, the events of a command, and whether it had happened before.
-    Done { version: u64, events: Option<Vec<PurseEvent>>, repeated: bool },
+    Done {
+        version: u64,
+        events: Option<Vec<PurseEvent>>,
+        repeated: bool,
+    },
     Rejected(i64),
-    WrongVersion { expected: u64, actual: u64 },
-    KeyReused { version: u64 },
+    WrongVersion {
+        expected: u64,
+        actual: u64,
+    },
+    KeyReused {
+        version: u64,
+    },
     /// Nothing was written.
     Unavailable(String),
     /// It may have been written.
@@ -225,9 +234,11 @@ impl Model {
         let first = self.version() + 1;
         let at_us = self.events.last().map_or(clock, |last| last.at_us.max(clock));
         let correlation = &write.correlation;
-        self.events.extend(
-            events.iter().map(|event| Recorded { event: event.clone(), at_us, correlation: correlation.clone() }),
-        );
+        self.events.extend(events.iter().map(|event| Recorded {
+            event: event.clone(),
+            at_us,
+            correlation: correlation.clone(),
+        }));
         let last = self.version();
         if let Some(key) = write.key.clone().filter(|_| !events.is_empty()) {
             self.keys.insert(key, Keyed { content: write.content.clone(), first, last });
@@ -357,10 +368,10 @@ impl World {
 
     async fn submit(&self, entity: usize, write: &Write) -> Pending {
         let handle = self.handle(entity);
-        let metadata = write.correlation.clone().map(|correlation| Metadata {
-            correlation: Some(correlation),
-            ..Metadata::default()
-        });
+        let metadata = write
+            .correlation
+            .clone()
+            .map(|correlation| Metadata { correlation: Some(correlation), ..Metadata::default() });
         match &write.content {
             Content::Events(events) => {
                 let mut append = handle.append_all(events.clone());
@@ -681,7 +692,10 @@ enum BatchEnd {
     /// Entities are sent away in between.
     Passivate,
     /// The power goes at the n-th write or sync from now.
-    PowerCut { after: u64, seed: u64 },
+    PowerCut {
+        after: u64,
+        seed: u64,
+    },
 }
 
 fn to_json(purse: &Purse) -> Value {

@@ -15,7 +15,7 @@ use sha2::{Digest, Sha256};
 use tokio::io::{AsyncWrite, AsyncWriteExt};
 
 use crate::{
-    Direction, Entity, Handle, Kuma, RawHandle, ReadError, ReplayError, Unavailable, Version, VaultError,
+    Direction, Entity, Handle, Kuma, RawHandle, ReadError, ReplayError, Unavailable, VaultError, Version,
     history::{self, CommitEvents, Span},
     kind::{DocumentKind, Kind},
     ndjson::{self, CommitSpan, EventHead, LINE_BYTES_MAX, Manifest, MetadataLine},
@@ -45,7 +45,9 @@ pub enum ExportError {
         cause: kuma_shard::ReadError,
     },
     /// The row that says who an entity is, is damaged.
-    #[error("entity number {number} of shard {shard} is damaged, so that it is not known which one it is: {why}; restore it from a backup")]
+    #[error(
+        "entity number {number} of shard {shard} is damaged, so that it is not known which one it is: {why}; restore it from a backup"
+    )]
     Damaged {
         /// The shard.
         shard: u16,
@@ -57,7 +59,9 @@ pub enum ExportError {
         why: String,
     },
     /// An event has so much metadata that no import would read its line.
-    #[error("entity {entity}: the line of version {version} would have {bytes} bytes, an import reads at most {bytes_max}")]
+    #[error(
+        "entity {entity}: the line of version {version} would have {bytes} bytes, an import reads at most {bytes_max}"
+    )]
     LineTooLong {
         /// The entity.
         entity: EntityHash,
@@ -240,10 +244,16 @@ impl<'a, W: AsyncWrite + Unpin> Export<'a, W> {
                 metadata: event.metadata.as_ref().map(MetadataLine::from),
             };
             let before = self.buffer.len();
-            ndjson::write_event(&mut self.buffer, &head, &event.data).map_err(|error| ExportError::Write(error.into()))?;
+            ndjson::write_event(&mut self.buffer, &head, &event.data)
+                .map_err(|error| ExportError::Write(error.into()))?;
             let bytes = self.buffer.len() - before;
             if bytes > LINE_BYTES_MAX {
-                return Err(ExportError::LineTooLong { entity, version: event.version, bytes, bytes_max: LINE_BYTES_MAX });
+                return Err(ExportError::LineTooLong {
+                    entity,
+                    version: event.version,
+                    bytes,
+                    bytes_max: LINE_BYTES_MAX,
+                });
             }
         }
         self.progress.commits += 1;

@@ -18,6 +18,7 @@
 mod lines;
 
 use std::{
+    borrow::Cow,
     collections::{HashMap, HashSet, VecDeque},
     fmt, io,
     sync::Arc,
@@ -380,7 +381,7 @@ struct Run<P> {
     on_the_way: VecDeque<OnTheWay>,
     on_the_way_bytes: usize,
     /// Commits that were not written because the sequence was broken before they were decided, in their order.
-    broken: Vec<Commit>,
+    broken: Vec<(Commit, AppendError)>,
     /// The problem with the lowest line.
     failed: Option<(u64, ImportProblem)>,
 }
@@ -479,11 +480,18 @@ impl<P: FnMut(&ImportProgress) + Send> Run<P> {
             return Err(self.fail(number, ImportProblem::AfterManifest));
         }
         match ndjson::parse(lines.line()) {
-            Ok(Line::Event(event)) => match self.event(number, event) {
-                Ok(Some(commit)) => self.submit(commit).await,
-                Ok(None) => Ok(()),
-                Err(problem) => Err(self.fail(number, problem)),
-            },
+            Ok(Line::Event(event)) => {
+                let entity = [&*event.kind, "\0", &*event.id].concat().into_boxed_str();
+                if let Some(other) = self.open.get(&entity).filter(|open| open.span != event.commit) {
+                    let (line, problem) = other.incomplete();
+                    return Err(self.fail(line, problem));
+                }
+                match self.event(lines, entity, event) {
+                    Ok(Some(commit)) => self.submit(commit).await,
+                    Ok(None) => Ok(()),
+                    Err(problem) => Err(self.fail(number, problem)),
+                }
+            }
             Ok(Line::Manifest(_)) if !self.open.is_empty() => Err(self.fail_incomplete()),
             Ok(Line::Manifest(manifest)) => match self.compare(&manifest, &lines.digest_before()) {
                 None => {
@@ -520,31 +528,32 @@ impl<P: FnMut(&ImportProgress) + Send> Run<P> {
         differs.iter().find(|(_, differs)| *differs).map(|(what, _)| *what)
     }
 
-    /// Adds an event to its commit, and returns the commit if it is whole by that.
-    fn event(&mut self, line: u64, event: EventLine<'_>) -> Result<Option<Commit>, ImportProblem> {
-        let EventLine { kind, id, version, commit: span, name, schema, at, metadata, key, data } = event;
+    /// Adds an event to its entity's commit, and returns the commit if it is whole by that.
+    fn event<R: AsyncBufRead + Unpin>(
+        &mut self,
+        lines: &Lines<R>,
+        entity: Box<str>,
+        event: EventLine<'_>,
+    ) -> Result<Option<Commit>, ImportProblem> {
+        let EventLine { kind, version, commit: span, name, schema, at, metadata, key, data, .. } = event;
         self.check(&kind)?;
-        let entity = [&*kind, "\0", &*id].concat().into_boxed_str();
-        let bytes = data.len() + name.len();
+        // Numbers can be longer in MessagePack.
+        let bytes = lines.line().len().max(data.len());
         let event = NewEvent::message_pack(name, data).schema(schema);
-        let (at, key) = (at.map(|at| at.into_owned()), key.map(|key| key.into_owned()));
+        let (at, key) = (at.map(Cow::into_owned), key.map(Cow::into_owned));
         self.read_events += 1;
         self.has_spans |= span.is_some();
         if let Some(open) = self.open.get_mut(&entity) {
-            if span != open.span {
-                let (line, problem) = open.incomplete();
-                self.fail(line, problem);
-                return Err(ImportProblem::Misplaced);
-            }
             open.go_on(version, key, at, metadata, event)?;
             open.bytes += bytes;
-            if open.is_whole() {
-                self.read_commits += 1;
-                let whole = self.open.remove(&entity);
-                self.open_bytes -= whole.as_ref().map_or(0, |commit| commit.bytes - bytes);
-                return Ok(whole);
+            if !open.is_whole() {
+                return self.keep(bytes);
             }
-            return self.keep(bytes);
+            let whole = self.open.remove(&entity);
+            // The last line was not added.
+            self.open_bytes -= whole.as_ref().map_or(0, |commit| commit.bytes - bytes);
+            self.read_commits += 1;
+            return Ok(whole);
         }
         let events_max = self.import.kuma.inner.limits.append_events_max;
         if span.is_some_and(|span| span.count as usize > events_max) {
@@ -553,24 +562,23 @@ impl<P: FnMut(&ImportProgress) + Send> Run<P> {
         if span.zip(version).is_some_and(|(span, version)| span.first != version) {
             return Err(ImportProblem::Misplaced);
         }
-        let first = span.map(|span| span.first).or(version);
-        let bytes = bytes + COMMIT_BYTES;
         let commit = Commit {
-            line,
+            line: lines.number(),
             entity,
             span,
-            // From 1: the format has no other.
-            expected: first.map(|first| Version(first - 1)),
+            // Versions are counted from 1: the format has no other.
+            expected: span.map(|span| span.first).or(version).map(|first| Version(first.saturating_sub(1))),
             key,
             at,
             metadata,
             events: vec![event],
-            bytes,
+            bytes: bytes + COMMIT_BYTES,
         };
         if commit.is_whole() {
             self.read_commits += 1;
             return Ok(Some(commit));
         }
+        let bytes = commit.bytes;
         self.open.insert(commit.entity.clone(), commit);
         self.keep(bytes)
     }
@@ -619,7 +627,9 @@ impl<P: FnMut(&ImportProgress) + Send> Run<P> {
                 self.on_the_way.push_back(OnTheWay { commit, _target: target, pending });
                 Ok(())
             }
-            Err(AppendError::Unavailable(Unavailable::Overloaded { .. })) => self.submit_overloaded(target, commit).await,
+            Err(AppendError::Unavailable(Unavailable::Overloaded { .. })) => {
+                self.submit_overloaded(target, commit).await
+            }
             Err(error) => Err(self.fail(commit.line, error)),
         }
     }
@@ -630,9 +640,8 @@ impl<P: FnMut(&ImportProgress) + Send> Run<P> {
         while Arc::strong_count(&target) > 2 {
             self.settle().await?;
         }
-        let mut again = std::mem::take(&mut self.broken);
-        again.push(commit);
-        for commit in again {
+        let broken = std::mem::take(&mut self.broken);
+        for commit in broken.into_iter().map(|(commit, _)| commit).chain([commit]) {
             let outcome = loop {
                 match self.append(&target.handle, &commit, None).await {
                     Ok(pending) => break pending.0.await,
@@ -680,8 +689,8 @@ impl<P: FnMut(&ImportProgress) + Send> Run<P> {
         if let Some(target) = self.targets.get(entity) {
             return target.clone();
         }
-        if self.targets.len() >= HANDLES_MAX {
-            // All that have nothing on the way; so that it is not done for each new entity.
+        // More than can be on the way, so that this is not done for each new entity.
+        if self.targets.len() >= HANDLES_MAX.max(2 * self.import.in_flight) {
             self.targets.retain(|_, target| Arc::strong_count(target) > 1);
         }
         let (kind, id) = entity.split_once(SEPARATOR).unwrap_or((entity, ""));
@@ -734,7 +743,9 @@ impl<P: FnMut(&ImportProgress) + Send> Run<P> {
                 }
             }
             // Either a commit before it failed, which is the one to tell of, or it is sent again.
-            Err(AppendError::Unavailable(Unavailable::SequenceBroken { .. })) => self.broken.push(commit),
+            Err(error @ AppendError::Unavailable(Unavailable::SequenceBroken { .. })) => {
+                self.broken.push((commit, error));
+            }
             Err(error) => drop(self.fail(commit.line, error)),
         }
     }
@@ -746,6 +757,10 @@ impl<P: FnMut(&ImportProgress) + Send> Run<P> {
             let _ = self.settle().await;
         }
         (self.progress)(&self.done);
+        for (commit, error) in std::mem::take(&mut self.broken) {
+            // After the one that it follows from, which has a lower line.
+            self.fail(commit.line, error);
+        }
         let report = ImportReport {
             lines: self.done.lines,
             entities: self.counted.map(|counted| counted.len() as u64),
@@ -773,7 +788,7 @@ impl Commit {
         metadata: Option<Metadata>,
         event: NewEvent,
     ) -> Result<(), ImportProblem> {
-        let next = self.span.map(|span| span.first + self.events.len() as u64);
+        let next = self.span.map(|span| span.first.saturating_add(self.events.len() as u64));
         if version.is_some() && version != next {
             return Err(ImportProblem::Misplaced);
         }

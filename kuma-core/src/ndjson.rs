@@ -35,7 +35,7 @@
 
 mod transcode;
 
-use std::{borrow::Cow, fmt, ops::Range};
+use std::{borrow::Cow, fmt};
 
 use base64::{Engine, prelude::BASE64_STANDARD};
 use serde::{
@@ -92,8 +92,8 @@ pub enum LineProblem {
         /// Where that is noticed.
         column: usize,
     },
-    /// It ends within its JSON object: the file was cut here.
-    #[error("it ends in the middle")]
+    /// It ends within its JSON object, as the last line of a file does that was cut.
+    #[error("it ends in the middle of its JSON object")]
     Cut,
     /// A field that has to be there is not.
     #[error("it has no field \"{field}\"")]
@@ -174,9 +174,6 @@ pub(crate) struct CommitSpan {
     pub(crate) first: u64,
     /// How many events it has.
     pub(crate) count: u32,
-}
-
-impl CommitSpan {
 }
 
 /// An event as an export writes it, all but its data.
@@ -279,7 +276,11 @@ fn gives(json: &[u8], data: &[u8]) -> bool {
 /// # Errors
 /// What is wrong with it. The values of its fields are looked at only once its JSON is known to be whole.
 pub(crate) fn parse(line: &[u8]) -> Result<Line<'_>, LineProblem> {
-    let line = std::str::from_utf8(line).map_err(|error| LineProblem::NotUtf8 { column: error.valid_up_to() + 1 })?;
+    let line = std::str::from_utf8(line).map_err(|error| match error.error_len() {
+        Some(_) => LineProblem::NotUtf8 { column: error.valid_up_to() + 1 },
+        // Half a character at the end.
+        None => LineProblem::Cut,
+    })?;
     let mut fields = Fields::default();
     let mut json = serde_json::Deserializer::from_str(line);
     let read = json.deserialize_map(&mut fields).and_then(|()| json.end());
@@ -291,7 +292,7 @@ pub(crate) fn parse(line: &[u8]) -> Result<Line<'_>, LineProblem> {
     }
     read.map_err(|error| match error.classify() {
         serde_json::error::Category::Eof => LineProblem::Cut,
-        _ => LineProblem::NotJson { column: error.column() },
+        _ => LineProblem::NotJson { column: error.column().max(1) },
     })?;
     if let Some(manifest) = fields.get(Field::Manifest) {
         return manifest_of(&fields, manifest).map(Line::Manifest);
@@ -448,5 +449,183 @@ impl<'de> Visitor<'de> for &mut Fields<'de> {
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn head<'a>(metadata: Option<&'a Metadata>) -> EventHead<'a> {
+        EventHead {
+            kind: "aircraft",
+            id: "N1\n\"ä",
+            version: 6,
+            commit: CommitSpan { first: 5, count: 3 },
+            name: "Flown",
+            schema: 2,
+            at: "2013-01-01T06:00:00.000000Z",
+            metadata: metadata.map(MetadataLine::from),
+        }
+    }
+
+    fn written(head: &EventHead<'_>, data: &[u8]) -> String {
+        let mut line = b"before".to_vec();
+        write_event(&mut line, head, data).unwrap();
+        String::from_utf8(line).unwrap().strip_prefix("before").unwrap().to_owned()
+    }
+
+    fn event(line: &str) -> EventLine<'_> {
+        match parse(line.as_bytes()).unwrap() {
+            Line::Event(event) => event,
+            Line::Manifest(_) => panic!("a manifest"),
+        }
+    }
+
+    /// Files are kept for years, and read by others.
+    #[test]
+    fn the_lines_are_pinned() {
+        let metadata = Metadata {
+            correlation: Some("c".into()),
+            causation: None,
+            headers: vec![("k".into(), "v".into()), ("k".into(), "w".into())],
+        };
+        let head = EventHead { metadata: Some(MetadataLine::from(&metadata)), ..head(None) };
+        // {"b": 1, "a": [-0.0]}
+        let data = [0x82, 0xa1, b'b', 1, 0xa1, b'a', 0x91, 0xcb, 0x80, 0, 0, 0, 0, 0, 0, 0];
+        assert_eq!(
+            written(&head, &data),
+            concat!(
+                r#"{"kind":"aircraft","id":"N1\n\"ä","version":6,"commit":{"first":5,"count":3},"type":"Flown","schema":2,"#,
+                r#""at":"2013-01-01T06:00:00.000000Z","metadata":{"correlation":"c","headers":[["k","v"],["k","w"]]},"#,
+                r#""data":{"b":1,"a":[-0.0]}}"#,
+                "\n"
+            )
+        );
+        let manifest = Manifest { format: 1, entities: 2, commits: 3, events: 4, sha256: "ab".into() };
+        let mut line = Vec::new();
+        write_manifest(&mut line, &manifest).unwrap();
+        assert_eq!(
+            String::from_utf8(line).unwrap(),
+            "{\"manifest\":{\"format\":1,\"entities\":2,\"commits\":3,\"events\":4,\"sha256\":\"ab\"}}\n"
+        );
+    }
+
+    #[test]
+    fn what_is_written_is_read_as_it_was() {
+        let metadata = Metadata { causation: Some("x\u{0}".into()), ..Metadata::default() };
+        let line = written(&head(Some(&metadata)), &[0x81, 0xa1, b'a', 7]);
+        let event = event(&line);
+        assert_eq!((&*event.kind, &*event.id, &*event.name, event.schema), ("aircraft", "N1\n\"ä", "Flown", 2));
+        assert_eq!((event.version, event.commit), (Some(6), Some(CommitSpan { first: 5, count: 3 })));
+        assert_eq!(event.at.as_deref(), Some("2013-01-01T06:00:00.000000Z"));
+        assert_eq!((event.metadata, event.key), (Some(metadata), None));
+        assert_eq!(event.data, [0x81, 0xa1, b'a', 7]);
+    }
+
+    /// Data that JSON would change stands beside its JSON as bytes, and those count.
+    #[test]
+    fn data_that_json_would_change_is_kept_as_bytes() {
+        let long = [&[0xc5, 0xff, 0xff][..], &[7; 0xffff]].concat();
+        let shown = "\"data\":";
+        for (what, data, is_shown) in [
+            ("binary", &[0xc4, 2, 1, 2][..], true),
+            ("no number", &[0xcb, 0x7f, 0xf8, 0, 0, 0, 0, 0, 1], true),
+            ("a float of 4 bytes", &[0xca, 0x3d, 0xcc, 0xcc, 0xcd], true),
+            ("an integer longer than needed", &[0xcd, 0, 1], true),
+            ("a key that is no text", &[0x81, 1, 2], false),
+            ("an extension", &[0xd4, 1, 2], false),
+            ("text that is not UTF-8", &[0xa1, 0xff], true),
+            ("longer than anybody looks at", &long, false),
+        ] {
+            let line = written(&head(None), data);
+            assert_eq!((line.contains(shown), line.contains("\"bytes\":")), (is_shown, true), "{what}: {line}");
+            assert_eq!(event(&line).data, data, "{what}");
+        }
+    }
+
+    #[test]
+    fn optional_fields_may_be_absent_or_null_and_stand_in_any_order() {
+        let short = event(r#"{"data":null,"type":"T","id":"i","kind":"k"}"#);
+        assert_eq!((short.data.as_slice(), short.schema), (&[0xc0][..], 1));
+        let nulls = event(
+            r#" {"kind":"k","id":"i","version":null,"commit":null,"type":"T","schema":null,"at":null,"metadata":null,
+                "key":null,"bytes":null,"data":5} "#,
+        );
+        assert!(nulls.version.is_none() && nulls.commit.is_none() && nulls.at.is_none() && nulls.metadata.is_none());
+        assert_eq!(nulls.data, [5]);
+    }
+
+    /// Each with its reason, and none with what stands in the line.
+    #[test]
+    fn a_wrong_line_is_refused_without_being_quoted() {
+        let with =
+            |more: &str| format!(r#"{{"kind":"k","id":"secret","type":"T","data":{{"secret":"secret"}}{more}}}"#);
+        let deep = format!(r#"{{"kind":"k","id":"i","type":"T","data":{}1{}}}"#, "[".repeat(200), "]".repeat(200));
+        let long_name = format!(r#"{{"kind":"k","id":"secret","type":"{}","data":1}}"#, "x".repeat(129));
+        for (line, reason) in [
+            ("secret".to_owned(), "it is not a JSON object (column 1)"),
+            ("\"secret\"".to_owned(), "it is not a JSON object (column 8)"),
+            ("[\"secret\"]".to_owned(), "it is not a JSON object (column 1)"),
+            ("{}".to_owned(), "it has no field \"type\""),
+            (with("}"), "it is not a JSON object (column 65)"),
+            (with(",\"key\":\"sec"), "it ends in the middle of its JSON object"),
+            (with("\0"), "it is not a JSON object (column 64)"),
+            (with(",\"secret\":1"), "it has a field that the format does not know, with its value at column 74"),
+            (with(",\"id\":\"secret\""), "it has the field \"id\" twice"),
+            (with(",\"version\":\"secret\""), "its field \"version\" is not a number from 1"),
+            (with(",\"version\":0"), "its field \"version\" is not a number from 1"),
+            (with(",\"version\":-1"), "its field \"version\" is not a number from 1"),
+            (with(",\"schema\":4294967296"), "its field \"schema\" is not a number below 2^32"),
+            (with(",\"at\":\"secret\""), "its field \"at\" is not a time as RFC 3339 has it"),
+            (with(",\"at\":\"2013-01-01\""), "its field \"at\" is not a time as RFC 3339 has it"),
+            (
+                with(",\"commit\":{\"first\":1,\"count\":0}"),
+                "its field \"commit\" is not {\"first\": N, \"count\": N}, both at least 1",
+            ),
+            (
+                with(",\"commit\":{\"first\":1,\"count\":1,\"secret\":1}"),
+                "its field \"commit\" is not {\"first\": N, \"count\": N}, both at least 1",
+            ),
+            (
+                with(",\"metadata\":{\"headers\":[[\"secret\"]]}"),
+                "its field \"metadata\" is not {\"correlation\": TEXT, \"causation\": TEXT, \"headers\": [[TEXT, TEXT], ...]}",
+            ),
+            (with(",\"bytes\":\"secret?\""), "its field \"bytes\" is not base64"),
+            (with(",\"key\":\"\\ud800\""), "its field \"key\" is not a text"),
+            (
+                with(",\"manifest\":{\"format\":1}"),
+                "its field \"manifest\" is not the manifest of an export, alone in its line",
+            ),
+            (
+                "{\"manifest\":{\"format\":2,\"secret\":1}}".to_owned(),
+                "it is the manifest of format 2; this version of Kuma reads format 1",
+            ),
+            (r#"{"kind":"k","id":"secret","type":"T"}"#.to_owned(), "it has no field \"data\""),
+            (long_name, "its field \"type\" is not a text of 1 to 128 bytes"),
+            (deep, "its data is nested more than 127 deep"),
+            (
+                r#"{"kind":"k","id":"secret","type":"T","data":18446744073709551616}"#.to_owned(),
+                "its data has a number that does not fit: integers have at most 64 bits; write a larger one as text, or with an exponent if it may be rounded",
+            ),
+            (
+                r#"{"kind":"k","id":"secret","type":"T","data":"\ud800"}"#.to_owned(),
+                "its data has text that is not Unicode",
+            ),
+        ] {
+            let error = parse(line.as_bytes()).unwrap_err().to_string();
+            assert_eq!(error, reason, "{line}");
+            assert!(!error.contains("secret"));
+        }
+        assert_eq!(parse(b"{\"kind\":\"\xff\"").unwrap_err(), LineProblem::NotUtf8 { column: 10 });
+        assert_eq!(parse(&"{\"kind\":\"ä".as_bytes()[..10]).unwrap_err(), LineProblem::Cut);
+    }
+
+    #[test]
+    fn times_are_written_to_the_microsecond() {
+        let at = |micros| std::time::UNIX_EPOCH + std::time::Duration::from_micros(micros);
+        assert_eq!(time_text(at(1_357_020_000_000_000)), "2013-01-01T06:00:00.000000Z");
+        assert_eq!(time_text(at(1)), "1970-01-01T00:00:00.000001Z");
+        assert!(time_text(at(u64::MAX / 2)).starts_with("9999-"));
     }
 }

@@ -171,8 +171,8 @@ impl Options {
         self
     }
 
-    /// How fast stored commits are read and verified in the background, in bytes of them a second; 0 turns it off. Default: 1 MiB/s,
-    /// which is 86 GiB a day.
+    /// How fast stored commits are read and verified in the background, in bytes of them a second, each counting at least 2 KiB; 0
+    /// turns it off. Default: 1 MiB/s, which is at most 512 commits a second and 86 GiB a day.
     pub fn scrub_bytes_per_second(mut self, bytes: u64) -> Self {
         self.scrub_bytes_per_second = bytes;
         self

@@ -58,6 +58,11 @@ impl Vault {
         Ok(DataKey::from(self.master.unwrap(&row.wrapped, &self.aad(entity, key_id)).await?))
     }
 
+    /// Whether keys are unwrapped in this process.
+    pub(crate) fn is_local(&self) -> bool {
+        self.master.is_local()
+    }
+
     /// Wraps every key that is not under the current master key anew. Returns how many. It can be interrupted at any point and
     /// started again: a key is under one master key or the other, and both open it until the older one is taken away.
     pub(crate) async fn rewrap_all(&self) -> Result<u64, VaultError> {

@@ -42,6 +42,12 @@ pub trait MasterKey: Send + Sync + fmt::Debug + 'static {
 
     /// Unwraps what this or an older key of the provider wrapped with the same `aad`.
     fn unwrap<'a>(&'a self, wrapped: &'a [u8], aad: &'a [u8]) -> BoxFuture<'a, Result<Secret32, MasterKeyError>>;
+
+    /// Whether unwrapping is a computation in this process, so that work in the background may do it without end. False, unless said
+    /// otherwise: a key management service is asked, and paid, for each key.
+    fn is_local(&self) -> bool {
+        false
+    }
 }
 
 /// Moves a wrapped secret under the current master key: one step of a rotation.

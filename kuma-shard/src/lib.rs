@@ -8,6 +8,7 @@
 //! log beside it (`checkpointer`), and is compared with its watermark at open (`watermark`). See docs/architecture.md.
 
 mod activation;
+mod append_keys;
 mod book;
 mod budget;
 mod checkpointer;

@@ -5,6 +5,8 @@
 //! - `position` and `seq` are assigned here, in the order of the group, and only kept if the group is.
 //! - A commit is written only under an owned slot, under an activation that is not void, and as the version that follows both what
 //!   that activation wrote and what the log holds: a second activation of an entity is refused here, whatever let it come about.
+//! - An append key of an entity that the tail or the group knows is not written again: the last line of defence against a request that
+//!   would happen twice. Whoever decides a commit looks its key up before.
 //! - One commit that cannot be written fails alone, with the later ones of its activation.
 //! - Snapshots go with a group and are given up before a commit of it fails because of them.
 
@@ -17,6 +19,7 @@ use sqlx::SqliteConnection;
 
 use crate::{
     Activation, CommitError, Digest, EntityRow, NotWritten, Slot, SnapshotRow,
+    append_keys::AppendKeys,
     book::{Book, Progress, Size},
     log_entry::{Commit, LogEntry, Work},
     progress::Stored,
@@ -35,6 +38,7 @@ struct Staged {
     next_position: u64,
     digest: Digest,
     rows: Vec<TailRow>,
+    keys: AppendKeys,
     /// The newest version of each entity written to.
     heads: BTreeMap<i64, u64>,
     /// How many snapshots were written; none while they are being written.
@@ -99,6 +103,7 @@ impl LogBook {
             next_position,
             digest,
             rows: Vec::new(),
+            keys: AppendKeys::default(),
             heads: BTreeMap::new(),
             snapshots: Some(0),
             marks: false,
@@ -106,7 +111,7 @@ impl LogBook {
         })
     }
 
-    /// The rows that are not in the index yet, shared with the readers.
+    /// The rows that are not in the indexes yet, shared with the readers.
     pub(crate) fn tail(&self) -> SharedTail {
         self.tail.clone()
     }
@@ -161,7 +166,18 @@ impl LogBook {
             let detail = format!("version {} where {expected} is next", commit.first_version);
             return Err(NotWritten::Conflict { file: self.file.to_string(), detail });
         }
+        if let Some(position) = commit.append_key.as_deref().and_then(|key| self.noted_key(commit.entity.eid, key)) {
+            let detail = format!("its append key is that of the commit at position {position}");
+            return Err(NotWritten::Conflict { file: self.file.to_string(), detail });
+        }
         Ok(())
+    }
+
+    /// The commit with this append key, if it is staged or in the tail. Those in the index are not looked at: that would be a page
+    /// to read for each commit.
+    fn noted_key(&self, eid: i64, append_key: &[u8]) -> Option<u64> {
+        let staged = self.staged.as_ref().and_then(|staged| staged.keys.find(eid, append_key));
+        staged.or_else(|| self.tail.read().keys().find(eid, append_key))
     }
 
     /// Assigns position and seq to a commit.
@@ -186,6 +202,9 @@ impl LogBook {
         staged.next_position += 1;
         staged.digest.add(&hash);
         staged.rows.push(TailRow { eid: commit.entity.eid, version: commit.first_version, position: place.position });
+        if let Some(append_key) = &commit.append_key {
+            staged.keys.note(commit.entity.eid, append_key, place.position);
+        }
         staged.heads.insert(commit.entity.eid, commit.last_version());
         image.next_seq += 1;
         image.len += 1;
@@ -332,14 +351,14 @@ impl LogBook {
         }
     }
 
-    /// What comes last in every transaction: index and marks where they are due (it is open then), and the progress to be stored.
+    /// What comes last in every transaction: indexes and marks where they are due (it is open then), and the progress to be stored.
     async fn finish(&mut self, connection: &mut SqliteConnection, commits: u64) -> sqlx::Result<Stored> {
         self.write_index(connection).await?;
         self.write_marks(connection).await?;
         Ok(Stored { commits, progress: self.progress() })
     }
 
-    /// Marks bring the index up to date as well, so that opening never has more to read than what is behind the mark.
+    /// Marks bring the indexes up to date as well, so that opening never has more to read than what is behind the mark.
     fn index_due(&self) -> bool {
         let staged = self.staged.as_ref().map_or(0, |staged| staged.rows.len());
         self.marks_due || self.tail.read().len() + staged >= TAIL_ROWS_MAX
@@ -350,9 +369,13 @@ impl LogBook {
             return Ok(());
         }
         let Some(staged) = &mut self.staged else { return Ok(()) };
-        let rows = self.tail.read().sorted_with(&staged.rows);
+        let (rows, keys) = {
+            let tail = self.tail.read();
+            (tail.sorted_with(&staged.rows), tail.keys().sorted_with(&staged.keys))
+        };
         staged.indexed = true;
-        statements::insert_index(connection, &rows).await
+        statements::insert_index(connection, &rows).await?;
+        statements::insert_keys(connection, &keys).await
     }
 
     async fn write_marks(&mut self, connection: &mut SqliteConnection) -> sqlx::Result<()> {
@@ -442,7 +465,7 @@ impl Book for LogBook {
         if staged.indexed {
             self.tail.write().clear();
         } else {
-            self.tail.write().extend(staged.rows);
+            self.tail.write().extend(staged.rows, staged.keys);
         }
         if self.heads.len() > HEADS_MAX {
             self.heads.clear();

@@ -2,16 +2,17 @@
 //!
 //! Invariants:
 //! - A row is handed out only if it matches its checksum.
-//! - The tail is looked at first and the index then: what moves meanwhile is found twice and handed out once.
+//! - The tail is looked at first and an index then: what moves meanwhile is found twice and handed out once.
 //! - Nothing is read while it is not known what is on the disk.
+
+use std::collections::BTreeSet;
 
 use sqlx::{Row, sqlite::SqliteRow};
 
 use crate::{CopyId, EntityHash, EntityRow, LogRow, ReadError, Shard, log_row, statements::Bound, tail::TailRow};
 
-/// The partial index on append keys serves both: a comparison with a key implies that it is not NULL.
-const FIND_APPEND: &str = "SELECT * FROM log WHERE eid = ? AND append_key = ?";
-const APPEND_KEYS: &str = "SELECT append_key FROM log WHERE eid = ? AND append_key IS NOT NULL LIMIT ?";
+const FIND_KEY: &str = "SELECT position FROM key_index WHERE eid = ? AND append_key = ?";
+const LIST_KEYS: &str = "SELECT append_key FROM key_index WHERE eid = ? LIMIT ?";
 
 impl Shard {
     /// The entity with this hash, if it was ever written.
@@ -105,8 +106,32 @@ impl Shard {
     /// The file cannot be read, or the row is damaged.
     pub async fn find_append(&self, entity: &EntityRow, append_key: &[u8]) -> Result<Option<LogRow>, ReadError> {
         self.check_readable()?;
-        let query = sqlx::query(FIND_APPEND).bind(entity.eid).bind(append_key.to_vec());
-        Ok(self.log_rows(query, entity).await?.pop())
+        let noted = self.tail().read().keys().find(entity.eid, append_key);
+        let position = match noted {
+            Some(position) => Some(position),
+            None => self.indexed_key(entity, append_key).await?,
+        };
+        let Some(position) = position else { return Ok(None) };
+        let row = sqlx::query("SELECT * FROM log WHERE position = ?").bind(position.cast_signed());
+        let row = row.fetch_optional(&self.database().readers).await.map_err(|error| self.read_error(error))?;
+        // From here on the key is known. "Never seen" would have the request happen twice.
+        let Some(row) = row else {
+            return Err(self.bad_row(position, "an append key leads to it, and it is not there"));
+        };
+        let found = self.log_row(&row, entity)?;
+        let eid: i64 = row.try_get("eid").map_err(|error| self.read_error(error))?;
+        if eid != entity.eid || found.append_key.as_deref() != Some(append_key) {
+            return Err(self.bad_row(position, "an append key leads to it that is not its own"));
+        }
+        Ok(Some(found))
+    }
+
+    /// Where the index of append keys says that the commit with this one stands.
+    async fn indexed_key(&self, entity: &EntityRow, append_key: &[u8]) -> Result<Option<u64>, ReadError> {
+        let query = sqlx::query(FIND_KEY).bind(entity.eid).bind(append_key.to_vec());
+        let row = query.fetch_optional(&self.database().readers).await.map_err(|error| self.read_error(error))?;
+        let position = row.map(|row| row.try_get::<i64, _>(0).map(i64::cast_unsigned)).transpose();
+        position.map_err(|error| self.read_error(error))
     }
 
     /// Append keys of `entity`, in no order that means anything, at most `max` of them. Fewer than `max` are all.
@@ -115,8 +140,16 @@ impl Shard {
     /// The file cannot be read.
     pub async fn append_keys(&self, entity: &EntityRow, max: u32) -> Result<Vec<Vec<u8>>, ReadError> {
         self.check_readable()?;
-        let rows = sqlx::query(APPEND_KEYS).bind(entity.eid).bind(max).fetch_all(&self.database().readers).await;
-        rows.and_then(|rows| rows.iter().map(|row| row.try_get(0)).collect()).map_err(|error| self.read_error(error))
+        let enough = max as usize;
+        let mut keys: BTreeSet<Vec<u8>> =
+            self.tail().read().keys().of(entity.eid).take(enough).map(Vec::from).collect();
+        if keys.len() < enough {
+            // Up to `max` again: any of them may be among those that were in the tail.
+            let rows = sqlx::query(LIST_KEYS).bind(entity.eid).bind(max).fetch_all(&self.database().readers).await;
+            let indexed = rows.and_then(|rows| rows.iter().map(|row| row.try_get(0)).collect::<sqlx::Result<Vec<_>>>());
+            keys.extend(indexed.map_err(|error| self.read_error(error))?);
+        }
+        Ok(keys.into_iter().take(enough).collect())
     }
 
     /// The first version of the newest commit that begins at or below `version`; 0 if there is none.
@@ -204,30 +237,72 @@ mod tests {
     #[tokio::test]
     async fn append_keys_are_looked_up_in_their_index() {
         let shard = TestShard::new().await;
-        let found = plan(&shard, FIND_APPEND).await;
-        assert_eq!(found, "SEARCH log USING INDEX log_by_append_key (eid=? AND append_key=?)");
-        let listed = plan(&shard, APPEND_KEYS).await;
-        assert!(listed.starts_with("SEARCH log USING COVERING INDEX log_by_append_key (eid=?"), "{listed}");
+        let found = plan(&shard, FIND_KEY).await;
+        assert_eq!(found, "SEARCH key_index USING PRIMARY KEY (eid=? AND append_key=?)");
+        let listed = plan(&shard, LIST_KEYS).await;
+        assert_eq!(listed, "SEARCH key_index USING PRIMARY KEY (eid=?)");
         shard.stop().await;
     }
 
+    /// Versions by append key, of the entity's `count` first ones.
+    async fn found_by_key(shard: &Shard, entity: &Arc<EntityRow>, count: u64) -> Vec<Option<u64>> {
+        let mut found = Vec::new();
+        for version in 1..=count {
+            let key = commit(entity, version).append_key.unwrap();
+            found.push(shard.find_append(entity, &key).await.unwrap().map(|row| row.version));
+        }
+        found
+    }
+
+    /// In the tail, in the index, and some here and some there.
     #[tokio::test]
     async fn a_commit_is_found_by_its_append_key_and_by_no_other_entitys() {
-        let shard = TestShard::new().await;
+        let mut shard = TestShard::new().await;
         let (entity, other) = (shard.entity(1, 0), shard.entity(2, 0));
-        shard.append(&entity, 1..=3).await;
         let unkeyed = crate::Commit { append_key: None, ..commit(&other, 1) };
         shard.submit(&Arc::new(Activation::at(0)), unkeyed).await.unwrap().unwrap();
-        let key = commit(&entity, 2).append_key.unwrap();
-        assert_eq!(shard.find_append(&entity, &key).await.unwrap().map(|row| row.version), Some(2));
-        assert_eq!(shard.find_append(&other, &key).await.unwrap(), None);
-        assert_eq!(shard.find_append(&entity, b"never").await.unwrap(), None);
-        let mut keys = shard.append_keys(&entity, 9).await.unwrap();
-        keys.sort();
-        assert_eq!(keys, (1..=3).map(|version| commit(&entity, version).append_key.unwrap()).collect::<Vec<_>>());
-        assert_eq!(shard.append_keys(&entity, 2).await.unwrap().len(), 2);
-        assert!(shard.append_keys(&other, 9).await.unwrap().is_empty());
+        shard.append(&entity, 1..=3).await;
+        for count in [3, 3, 5] {
+            assert_eq!(found_by_key(&shard, &entity, count).await, (1..=count).map(Some).collect::<Vec<_>>());
+            assert_eq!(found_by_key(&shard, &other, count).await, vec![None; count as usize]);
+            assert_eq!(shard.find_append(&entity, b"never").await.unwrap(), None);
+            let mut keys = shard.append_keys(&entity, 9).await.unwrap();
+            keys.sort();
+            let all: Vec<_> = (1..=count).map(|version| commit(&entity, version).append_key.unwrap()).collect();
+            assert_eq!(keys, all);
+            for max in 0..=count {
+                assert_eq!(shard.append_keys(&entity, max as u32).await.unwrap().len(), max as usize);
+            }
+            assert!(shard.append_keys(&other, 9).await.unwrap().is_empty());
+            if shard.tail().read().len() > 0 {
+                shard.reopen().await;
+            } else {
+                shard.append(&entity, 4..=5).await;
+            }
+        }
         shard.stop().await;
+    }
+
+    /// As "never seen" it would have the request happen a second time.
+    #[tokio::test]
+    async fn a_key_that_leads_to_the_wrong_row_is_damage() {
+        for (statement, expected) in [
+            ("UPDATE key_index SET position = 3 WHERE position = 2", "leads to it that is not its own"),
+            ("UPDATE key_index SET position = 4 WHERE position = 2", "does not match its checksum"),
+            ("UPDATE key_index SET position = 99 WHERE position = 2", "it is not there"),
+            ("UPDATE log SET append_key = NULL WHERE position = 2", "does not match its checksum"),
+            ("UPDATE log SET eid = 2 WHERE position = 2", "leads to it that is not its own"),
+        ] {
+            let mut shard = TestShard::new().await;
+            let (entity, other) = (shard.entity(1, 0), shard.entity(2, 0));
+            shard.append(&entity, 1..=3).await;
+            shard.append(&other, 1..=1).await;
+            shard.tamper(statement).await;
+            let key = commit(&entity, 2).append_key.unwrap();
+            let error = shard.find_append(&entity, &key).await.unwrap_err();
+            assert!(error.is_damage() && error.to_string().contains(expected), "{statement}: {error}");
+            shard.stop().await;
+        }
     }
 
     /// Five commits are in the index, five in the tail.
@@ -254,7 +329,7 @@ mod tests {
 
     /// The writer moves the tail to the index all the time; a reader must not see a row twice, and none not at all.
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-    async fn a_backward_read_beside_appends_has_no_gap_and_no_duplicate() {
+    async fn what_is_read_beside_appends_has_no_gap_and_no_duplicate() {
         const COMMITS: u64 = 400;
         let shard = Arc::new(TestShard::new().await);
         let entity = shard.entity(1, 0);
@@ -277,6 +352,14 @@ mod tests {
             assert!(versions[0] >= newest, "{} after {newest}", versions[0]);
             newest = versions[0];
             assert_eq!(versions, (1..=newest).rev().collect::<Vec<_>>());
+            // So do keys. The next one is on its way.
+            for version in [1, newest / 2 + 1, newest] {
+                let key = commit(&entity, version).append_key.unwrap();
+                let found = shard.find_append(&entity, &key).await.unwrap();
+                assert_eq!(found.map(|row| row.version), Some(version));
+            }
+            let keys = shard.append_keys(&entity, 1000).await.unwrap().len() as u64;
+            assert!((newest..=COMMITS).contains(&keys), "{keys} keys of {newest} or more");
         }
         writer.await.unwrap();
         shard.stop().await;

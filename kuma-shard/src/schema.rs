@@ -81,12 +81,17 @@ CREATE TABLE log(
     checksum INTEGER NOT NULL,
     body BLOB NOT NULL
 ) STRICT;
-CREATE UNIQUE INDEX log_by_append_key ON log(eid, append_key) WHERE append_key IS NOT NULL;
 CREATE TABLE log_index(
     eid INTEGER NOT NULL,
     version INTEGER NOT NULL,
     position INTEGER NOT NULL,
     PRIMARY KEY (eid, version)
+) STRICT, WITHOUT ROWID;
+CREATE TABLE key_index(
+    eid INTEGER NOT NULL,
+    append_key BLOB NOT NULL,
+    position INTEGER NOT NULL,
+    PRIMARY KEY (eid, append_key)
 ) STRICT, WITHOUT ROWID;
 CREATE TABLE snapshot(
     eid INTEGER PRIMARY KEY,

@@ -16,6 +16,7 @@ use sqlx::{Row, SqliteConnection, sqlite::SqliteRow};
 use crate::{
     Budget, CommitError, CopyId, DiskId, EntityHash, EntityRow, FileOptions, LogRow, NotWritten, OpenError, Slot,
     StatsView, Submission,
+    append_keys::AppendKeys,
     book::{Book, Progress},
     database::Database,
     log_book::LogBook,
@@ -221,7 +222,11 @@ async fn fold_tail(
         image.digest.add(&hash);
         dirty.insert(index);
         if row.position > progress.indexed_position {
-            tail.write().extend([TailRow { eid, version: row.version, position: row.position }]);
+            let mut keys = AppendKeys::default();
+            if let Some(append_key) = &row.append_key {
+                keys.note(eid, append_key, row.position);
+            }
+            tail.write().extend([TailRow { eid, version: row.version, position: row.position }], keys);
         }
         next += 1;
     }

@@ -10,6 +10,7 @@ use sqlx::{Row, Sqlite, SqliteConnection, query::Query, sqlite::SqliteArguments}
 
 use crate::{
     Commit, EntityRow,
+    append_keys::KeyedRow,
     log_book::Place,
     progress::{self, Stored},
     tail::TailRow,
@@ -59,13 +60,19 @@ fn values(columns: usize, rows: usize) -> String {
     format!("VALUES {}", vec![row; rows].join(", "))
 }
 
-/// sqlx takes a string that lives for ever for one that no user had a hand in. There are some twenty of them.
+/// sqlx takes a string that lives for ever for one that no user had a hand in. There are some thirty of them.
 fn leak(statement: String) -> &'static str {
     statement.leak()
 }
 
 static INDEX: LazyLock<[&str; 3]> = LazyLock::new(|| {
     INDEX_ROWS.map(|rows| leak(format!("INSERT INTO log_index(eid, version, position) {}", values(3, rows))))
+});
+/// The first commit with a key keeps it. Were a second one an error, it would fail every group from then on: nothing that could be
+/// refused any more is to blame for it.
+static KEY_INDEX: LazyLock<[&str; 3]> = LazyLock::new(|| {
+    INDEX_ROWS
+        .map(|rows| leak(format!("INSERT OR IGNORE INTO key_index(eid, append_key, position) {}", values(3, rows))))
 });
 
 /// Runs a statement that has no parameters.
@@ -118,31 +125,37 @@ pub(crate) async fn insert_one(connection: &mut SqliteConnection, row: &(&Commit
 }
 
 /// Inserts new entities.
-pub(crate) async fn insert_entities(
-    connection: &mut SqliteConnection,
-    mut entities: &[&EntityRow],
-) -> sqlx::Result<()> {
-    for (size, statement) in ENTITY_ROWS.into_iter().zip(*ENTITIES) {
-        while entities.len() >= size {
-            let (now, later) = entities.split_at(size);
-            now.iter()
-                .fold(sqlx::query(statement), |query, entity| bind_entity(query, entity))
-                .execute(&mut *connection)
-                .await?;
-            entities = later;
-        }
-    }
-    Ok(())
+pub(crate) async fn insert_entities(connection: &mut SqliteConnection, entities: &[&EntityRow]) -> sqlx::Result<()> {
+    insert_all(connection, ENTITY_ROWS, *ENTITIES, entities, |query, entity| bind_entity(query, entity)).await
 }
 
 /// Adds rows of the log to its index.
-pub(crate) async fn insert_index(connection: &mut SqliteConnection, mut rows: &[TailRow]) -> sqlx::Result<()> {
-    for (size, statement) in INDEX_ROWS.into_iter().zip(*INDEX) {
+pub(crate) async fn insert_index(connection: &mut SqliteConnection, rows: &[TailRow]) -> sqlx::Result<()> {
+    insert_all(connection, INDEX_ROWS, *INDEX, rows, |query, row| {
+        query.bind(row.eid).bind(row.version.cast_signed()).bind(row.position.cast_signed())
+    })
+    .await
+}
+
+/// Adds rows of the log that have an append key to the index of those.
+pub(crate) async fn insert_keys(connection: &mut SqliteConnection, rows: &[KeyedRow]) -> sqlx::Result<()> {
+    insert_all(connection, INDEX_ROWS, *KEY_INDEX, rows, |query, row| {
+        query.bind(row.eid).bind(row.append_key.to_vec()).bind(row.position.cast_signed())
+    })
+    .await
+}
+
+/// Inserts `rows` by those of `statements`, which take so many rows as `sizes` says, that need the fewest round trips.
+async fn insert_all<Row: Sync>(
+    connection: &mut SqliteConnection,
+    sizes: [usize; 3],
+    statements: [&'static str; 3],
+    mut rows: &[Row],
+    bind: fn(Bound, &Row) -> Bound,
+) -> sqlx::Result<()> {
+    for (size, statement) in sizes.into_iter().zip(statements) {
         while rows.len() >= size {
             let (now, later) = rows.split_at(size);
-            let bind = |query: Bound, row: &TailRow| {
-                query.bind(row.eid).bind(row.version.cast_signed()).bind(row.position.cast_signed())
-            };
             now.iter().fold(sqlx::query(statement), bind).execute(&mut *connection).await?;
             rows = later;
         }

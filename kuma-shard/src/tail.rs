@@ -1,18 +1,22 @@
-//! The tail: commits that are in the log and not yet in its index.
+//! The tail: commits that are in the log and not yet in its indexes.
 //!
 //! An index on `(eid, version)` is the main cost of small appends: each row dirties a leaf page of its own, which is written to the
-//! write-ahead log and to the database again. So new rows are only noted here, and written to `log_index` many at a time, sorted.
+//! write-ahead log and to the database again. One on append keys costs even more: they are hashes, and each goes to a random leaf of
+//! its entity. So new rows are only noted here, and written to `log_index` and `key_index` many at a time, sorted.
 //!
 //! Invariants:
 //! - The rows of the log are those in `log_index` (up to `progress.indexed_position`) and those in the tail (behind it), exactly.
-//! - The tail changes only after the transaction that changes the index has committed; it is rebuilt from the log at open.
-//! - A reader looks at the tail first and at the index then: what moved meanwhile it finds twice, never not at all.
+//!   The same holds for its rows with an append key, `key_index`, and the keys that the tail has.
+//! - The tail changes only after the transaction that changes the indexes has committed; it is rebuilt from the log at open.
+//! - A reader looks at the tail first and at an index then: what moved meanwhile it finds twice, never not at all.
 
 use std::{collections::HashMap, sync::Arc};
 
 use parking_lot::RwLock;
 
-/// The tail is written to the index when it has this many rows. More save more pages when many entities are written to; writing them
+use crate::append_keys::AppendKeys;
+
+/// The tail is written to the indexes when it has this many rows. More save more pages when many entities are written to; writing them
 /// is some 10 ms in which nothing else is committed.
 pub(crate) const TAIL_ROWS_MAX: usize = 8192;
 
@@ -24,22 +28,25 @@ pub(crate) struct TailRow {
     pub(crate) position: u64,
 }
 
-/// Rows by entity, each entity's in the order of versions.
+/// Rows by entity, each entity's in the order of versions, and those with an append key by it.
 #[derive(Debug, Default)]
 pub(crate) struct Tail {
     by_entity: HashMap<i64, Vec<TailRow>>,
     rows: usize,
+    keys: AppendKeys,
 }
 
 /// Read by readers, changed by the writer.
 pub(crate) type SharedTail = Arc<RwLock<Tail>>;
 
 impl Tail {
-    pub(crate) fn extend(&mut self, rows: impl IntoIterator<Item = TailRow>) {
+    /// Adds rows, and the keys of those that have one.
+    pub(crate) fn extend(&mut self, rows: impl IntoIterator<Item = TailRow>, keys: AppendKeys) {
         for row in rows {
             self.by_entity.entry(row.eid).or_default().push(row);
             self.rows += 1;
         }
+        self.keys.extend(keys);
     }
 
     pub(crate) fn clear(&mut self) {
@@ -48,6 +55,10 @@ impl Tail {
 
     pub(crate) fn len(&self) -> usize {
         self.rows
+    }
+
+    pub(crate) fn keys(&self) -> &AppendKeys {
+        &self.keys
     }
 
     /// Rows of an entity whose version is above `after`, oldest first.
@@ -69,7 +80,7 @@ impl Tail {
         rows[..rows.partition_point(|row| row.version <= version)].last().copied()
     }
 
-    /// All rows with `more`, in the order of the index.
+    /// All rows with `more`, in the order of `log_index`.
     pub(crate) fn sorted_with(&self, more: &[TailRow]) -> Vec<TailRow> {
         let mut rows: Vec<TailRow> = self.by_entity.values().flatten().chain(more).copied().collect();
         rows.sort_unstable_by_key(|row| (row.eid, row.version));
@@ -88,7 +99,9 @@ mod tests {
     #[test]
     fn the_tail_is_read_by_entity_and_written_in_index_order() {
         let mut tail = Tail::default();
-        tail.extend([row(7, 1, 10), row(3, 5, 11), row(7, 4, 12), row(7, 6, 13)]);
+        let mut keys = AppendKeys::default();
+        keys.note(7, b"key", 12);
+        tail.extend([row(7, 1, 10), row(3, 5, 11), row(7, 4, 12), row(7, 6, 13)], keys);
         assert_eq!(tail.after(7, 1), [row(7, 4, 12), row(7, 6, 13)]);
         assert_eq!(tail.after(7, 3), [row(7, 4, 12), row(7, 6, 13)]);
         assert_eq!(tail.after(9, 0), []);
@@ -99,7 +112,8 @@ mod tests {
         assert_eq!(tail.at_or_below(7, 0), None);
         let sorted = tail.sorted_with(&[row(3, 9, 14)]);
         assert_eq!(sorted, [row(3, 5, 11), row(3, 9, 14), row(7, 1, 10), row(7, 4, 12), row(7, 6, 13)]);
+        assert_eq!(tail.keys().find(7, b"key"), Some(12));
         tail.clear();
-        assert_eq!((tail.len(), tail.after(7, 0)), (0, vec![]));
+        assert_eq!((tail.len(), tail.after(7, 0), tail.keys().find(7, b"key")), (0, vec![], None));
     }
 }

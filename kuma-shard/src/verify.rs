@@ -15,10 +15,16 @@ use crate::{
     book::{Audit, Progress},
     scrub::SoundRow,
     slots::SlotSum,
-    statements::Bound,
 };
 
 const PAGE_ROWS: u32 = 256;
+/// Rows of a stretch of the log, those that have an append key, and of both those that their index leads to.
+const COUNT_INDEXED: &str = "
+    SELECT count(*), count(log_index.position), count(log.append_key), count(key_index.position)
+    FROM log
+    LEFT JOIN log_index ON log_index.eid = log.eid AND log_index.version = log.version AND log_index.position = log.position
+    LEFT JOIN key_index ON key_index.eid = log.eid AND key_index.append_key = log.append_key AND key_index.position = log.position
+    WHERE log.position > ? AND log.position <= ?";
 /// Findings that are kept. Where there are more, the file is beyond a repair entity by entity.
 const FINDINGS_MAX: usize = 1000;
 
@@ -82,6 +88,25 @@ pub trait CommitCheck: Send {
     fn check(&mut self, entity: &EntityRow, commit: &LogRow) -> impl Future<Output = Result<(), String>> + Send;
 }
 
+/// Rows that are in an index, or should be, and how many of them it leads to.
+#[derive(Clone, Copy, Default)]
+struct Indexed {
+    rows: u64,
+    found: u64,
+}
+
+impl Indexed {
+    fn add(&mut self, more: Indexed) {
+        self.rows += more.rows;
+        self.found += more.found;
+    }
+
+    /// Whether the index, which has `entries` in all, leads to each row and to nothing else.
+    fn is_whole(self, entries: u64) -> bool {
+        self.found == self.rows && entries == self.rows
+    }
+}
+
 impl Shard {
     /// Reads everything. `commits` is asked about every sound commit in the order of the log.
     ///
@@ -106,7 +131,7 @@ impl Shard {
         Ok(())
     }
 
-    /// Checks each row, and the index on the way; returns what each slot holds.
+    /// Checks each row, and the indexes on the way; returns what each slot holds.
     async fn look_at_log(
         &self,
         report: &mut ShardReport,
@@ -117,14 +142,13 @@ impl Shard {
         // Of each entity the next version: all that is kept of it from page to page.
         let mut versions = HashMap::new();
         let indexed = expected.indexed_position;
-        let (mut indexed_rows, mut found_by_index) = (0, 0);
+        let (mut by_version, mut by_key) = (Indexed::default(), Indexed::default());
         let mut after = 0;
         loop {
             let page = self.page(after, expected.next_position, PAGE_ROWS).await?;
             let last = page.extent.last;
             for row in page.rows {
                 let position = row.as_ref().map_or_else(|bad| bad.position, |sound| sound.row.position);
-                indexed_rows += u64::from(position <= indexed);
                 match row {
                     Err(bad) => {
                         report.bad_entity(bad.entity, format!("the row at position {position} {}", bad.detail));
@@ -146,36 +170,36 @@ impl Shard {
                     }
                 }
             }
-            found_by_index += self.count_indexed(after, last.min(indexed)).await?;
+            let (versions, keys) = self.count_indexed(after, last.min(indexed)).await?;
+            by_version.add(versions);
+            by_key.add(keys);
             after = last;
             if !page.extent.more {
                 break;
             }
         }
-        if indexed_rows != found_by_index || self.index_rows(indexed).await? != indexed_rows {
+        if !by_version.is_whole(self.count("SELECT count(*) FROM log_index WHERE position <= ?", indexed).await?) {
             report.damage.push("the index of the log is not that of its rows".to_owned());
+        }
+        // A key that two commits have is one entry, and only one of them is found by it.
+        if !by_key.is_whole(self.count("SELECT count(*) FROM key_index WHERE position <= ?", indexed).await?) {
+            report.damage.push("the index of append keys is not that of the log's rows".to_owned());
         }
         Ok(found)
     }
 
-    /// How many rows of the log behind `after`, up to `last`, their index leads to.
-    async fn count_indexed(&self, after: u64, last: u64) -> Result<u64, ReadError> {
-        let count = sqlx::query(
-            "SELECT count(*) FROM log CROSS JOIN log_index ON log_index.eid = log.eid AND log_index.version = log.version
-             WHERE log_index.position = log.position AND log.position > ? AND log.position <= ?",
-        )
-        .bind(after.cast_signed())
-        .bind(last.cast_signed());
-        self.count(count).await
+    /// The rows of the log behind `after`, up to `last`, that their indexes lead to: by version, and by append key.
+    async fn count_indexed(&self, after: u64, last: u64) -> Result<(Indexed, Indexed), ReadError> {
+        let query = sqlx::query(COUNT_INDEXED).bind(after.cast_signed()).bind(last.cast_signed());
+        let row = query.fetch_one(&self.database().readers).await.map_err(|error| self.read_error(error))?;
+        let number = |index| row.try_get::<i64, _>(index).map(i64::cast_unsigned);
+        let count = |rows, found| Ok(Indexed { rows: number(rows)?, found: number(found)? });
+        count(0, 1).and_then(|versions| Ok((versions, count(2, 3)?))).map_err(|error| self.read_error(error))
     }
 
-    /// How many rows the index has for positions up to `last`.
-    async fn index_rows(&self, last: u64) -> Result<u64, ReadError> {
-        self.count(sqlx::query("SELECT count(*) FROM log_index WHERE position <= ?").bind(last.cast_signed())).await
-    }
-
-    async fn count(&self, query: Bound) -> Result<u64, ReadError> {
-        let row = query.fetch_one(&self.database().readers).await;
+    /// What `statement` counts up to the position `last`.
+    async fn count(&self, statement: &'static str, last: u64) -> Result<u64, ReadError> {
+        let row = sqlx::query(statement).bind(last.cast_signed()).fetch_one(&self.database().readers).await;
         row.and_then(|row| row.try_get::<i64, _>(0)).map(i64::cast_unsigned).map_err(|error| self.read_error(error))
     }
 
@@ -224,8 +248,14 @@ pub(crate) fn words(error: &ReadError) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
-    use crate::test_shard::TestShard;
+    use crate::{
+        Activation, Commit, CopyId,
+        sqlite::PAGE_BYTES,
+        test_shard::{TestShard, commit},
+    };
 
     /// Counts what it is asked about.
     #[derive(Default)]
@@ -307,6 +337,99 @@ mod tests {
         assert_eq!(report.damage, ["the index of the log is not that of its rows"]);
         assert!(report.bad_entities.is_empty() && report.bad_slots.is_empty());
         shard.stop().await;
+    }
+
+    #[tokio::test]
+    async fn append_keys_that_are_not_those_of_the_log_are_noticed() {
+        for statement in [
+            "DELETE FROM key_index WHERE position = 2",
+            "UPDATE key_index SET position = 3 WHERE position = 2",
+            "UPDATE key_index SET position = 99 WHERE position = 2",
+            "UPDATE key_index SET append_key = x'00' WHERE position = 2",
+            "UPDATE key_index SET eid = 2 WHERE position = 3",
+            "INSERT INTO key_index VALUES (1, x'00', 2)",
+        ] {
+            let mut shard = shard().await;
+            shard.tamper(statement).await;
+            let report = shard.verify(&mut Counting::default()).await.unwrap();
+            assert_eq!(report.damage, ["the index of append keys is not that of the log's rows"], "{statement}");
+            assert!(report.bad_entities.is_empty() && report.bad_slots.is_empty());
+            shard.stop().await;
+        }
+    }
+
+    /// The writer knows only the keys that are not in the index yet. One that nobody looked up is written again, and must neither
+    /// hold up what comes after it nor go unnoticed.
+    #[tokio::test]
+    async fn a_key_that_two_commits_have_is_noticed_and_in_nobodys_way() {
+        let mut shard = shard().await;
+        let entity = shard.find_entity(CopyId::GENESIS, EntityHash([1; 16])).await.unwrap().map(Arc::new).unwrap();
+        let activation = Arc::new(Activation::at(3));
+        let twice = Commit { append_key: commit(&entity, 2).append_key, ..commit(&entity, 4) };
+        shard.submit(&activation, twice).await.unwrap().unwrap();
+        shard.submit(&activation, commit(&entity, 5)).await.unwrap().unwrap();
+        shard.reopen().await;
+        shard.append(&entity, 6..=7).await;
+        let key = commit(&entity, 2).append_key.unwrap();
+        assert_eq!(shard.find_append(&entity, &key).await.unwrap().map(|row| row.version), Some(2));
+        let report = shard.verify(&mut Counting::default()).await.unwrap();
+        assert_eq!(report.damage, ["the index of append keys is not that of the log's rows"]);
+        shard.stop().await;
+    }
+
+    #[tokio::test]
+    async fn rows_of_the_indexes_are_found_by_their_keys() {
+        let shard = TestShard::new().await;
+        let explain = sqlx::AssertSqlSafe(format!("EXPLAIN QUERY PLAN {COUNT_INDEXED}"));
+        let rows = sqlx::query(explain).fetch_all(&shard.database().readers).await.unwrap();
+        let plan: Vec<String> = rows.iter().map(|row| row.get("detail")).collect();
+        assert_eq!(
+            plan,
+            [
+                "SEARCH log USING INTEGER PRIMARY KEY (rowid>? AND rowid<?)",
+                "SEARCH log_index USING PRIMARY KEY (eid=? AND version=?) LEFT-JOIN",
+                "SEARCH key_index USING PRIMARY KEY (eid=? AND append_key=?) LEFT-JOIN"
+            ]
+        );
+        shard.stop().await;
+    }
+
+    /// Of the page that holds all of `key_index`, every byte that has a meaning.
+    #[tokio::test]
+    async fn no_flipped_bit_in_the_append_keys_goes_unnoticed() {
+        let mut shard = TestShard::new().await;
+        let entities = [shard.entity(1, 0), shard.entity(2, 18)];
+        for entity in &entities {
+            shard.append(entity, 1..=4).await;
+        }
+        let root = sqlx::query("SELECT rootpage FROM sqlite_schema WHERE name = 'key_index'");
+        let root: i64 = root.fetch_one(&shard.database().readers).await.unwrap().get(0);
+        shard.stop().await;
+        let path = shard.options.directory.join(shard.file());
+        let whole = std::fs::read(&path).unwrap();
+        let page = (root as usize - 1) * PAGE_BYTES as usize;
+        let (mut noticed, mut harmless) = (0, 0);
+        for byte in (0..PAGE_BYTES as usize).filter(|byte| whole[page + byte] != 0) {
+            let mut bytes = whole.clone();
+            bytes[page + byte] ^= 1 << (byte % 8);
+            std::fs::write(&path, bytes).unwrap();
+            shard.start().await;
+            if shard.verify(&mut Counting::default()).await.unwrap().is_clean() {
+                harmless += 1;
+                for entity in &entities {
+                    for version in 1..=4 {
+                        let key = commit(entity, version).append_key.unwrap();
+                        let found = shard.find_append(entity, &key).await.unwrap();
+                        assert_eq!(found.map(|row| row.version), Some(version), "byte {byte}");
+                    }
+                    assert_eq!(shard.append_keys(entity, 9).await.unwrap().len(), 4, "byte {byte}");
+                }
+            } else {
+                noticed += 1;
+            }
+            shard.stop().await;
+        }
+        assert!(noticed > 100 && harmless < 10, "{noticed} noticed, {harmless} harmless");
     }
 
     #[tokio::test]

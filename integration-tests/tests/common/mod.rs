@@ -1,6 +1,8 @@
 //! Helpers of the tests in this directory.
 #![allow(dead_code, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+pub(crate) mod observed;
+
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},

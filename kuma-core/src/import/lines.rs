@@ -107,7 +107,10 @@ mod tests {
                 found.push((lines.number(), lines.line().to_vec(), lines.is_whole()));
             }
             let line = |number, text: &str, is_whole| (number, text.as_bytes().to_vec(), is_whole);
-            assert_eq!(found, [line(1, "one\n", true), line(2, "\n", true), line(3, "three\r\n", true), line(4, "four", false)]);
+            assert_eq!(
+                found,
+                [line(1, "one\n", true), line(2, "\n", true), line(3, "three\r\n", true), line(4, "four", false)]
+            );
             assert_eq!((lines.number(), lines.bytes()), (4, 16));
             assert_eq!(lines.digest_before(), hex::encode(Sha256::digest("one\n\nthree\r\nfour")));
             assert!(!lines.next().await.unwrap(), "the end stays the end");

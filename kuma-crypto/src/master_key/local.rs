@@ -114,6 +114,10 @@ impl MasterKey for LocalMasterKey {
     fn unwrap<'a>(&'a self, wrapped: &'a [u8], aad: &'a [u8]) -> BoxFuture<'a, Result<Secret32, MasterKeyError>> {
         Box::pin(async move { self.unwrap_now(wrapped, aad) })
     }
+
+    fn is_local(&self) -> bool {
+        true
+    }
 }
 
 impl fmt::Debug for LocalMasterKey {
