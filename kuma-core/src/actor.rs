@@ -176,6 +176,8 @@ enum Wait {
     Load(EntityMessage),
     /// The entity has no key yet.
     Key(Box<WriteRequest>),
+    /// Another request with the same idempotency key is in flight. Everything else waits along, so that the order stays.
+    InFlight(Box<WriteRequest>, Arc<Activation>),
     /// The entity's idempotency keys are not in memory.
     KnownKeys(Box<WriteRequest>),
     /// A request's idempotency key may be stored.
@@ -199,7 +201,7 @@ impl EntityState {
         }
         let loaded = self.loaded.as_deref()?;
         match message {
-            EntityMessage::Write(request) => self.write(me, request),
+            EntityMessage::Write(request) => self.write(request),
             EntityMessage::Read { after_appends, reply } => {
                 self.read(me, after_appends, reply);
                 None
@@ -232,13 +234,17 @@ impl EntityState {
                     Err(error) => message.refuse(error),
                 },
                 Wait::Key(request) => match self.create_key().await {
-                    Ok(()) => next = self.write(me, request),
+                    Ok(()) => next = self.write(request),
                     Err(cause) => {
                         request.reply.send(Err(Unavailable::NoKey { entity: self.identity.hash, cause }.into()))
                     }
                 },
+                Wait::InFlight(request, activation) => {
+                    self.core.settled(&activation).await;
+                    next = self.take(me, EntityMessage::Write(request));
+                }
                 Wait::KnownKeys(request) => match self.load_keys().await {
-                    Ok(()) => next = self.write(me, request),
+                    Ok(()) => next = self.write(request),
                     Err(cause) => request.reply.send(Err(self.unreadable(cause).into())),
                 },
                 Wait::Lookup(request, key) => match self.find_append(&key).await {
@@ -260,7 +266,7 @@ impl EntityState {
     }
 
     /// Sorts out whether the request happened before; decides it if not.
-    fn write(&mut self, me: &ActorRef<EntityMessage>, request: Box<WriteRequest>) -> Option<Wait> {
+    fn write(&mut self, request: Box<WriteRequest>) -> Option<Wait> {
         if request.reply.sequence.as_ref().is_some_and(crate::Sequence::is_broken) {
             let entity = self.identity.hash;
             request.reply.send(Err(Unavailable::SequenceBroken { entity }.into()));
@@ -271,8 +277,7 @@ impl EntityState {
         let Some(retry) = &request.retry else { return self.decide(*request, None) };
         let key = opener.append_key(&retry.key);
         if loaded.is_in_flight(&key) {
-            self.write_again(me, request);
-            return None;
+            return Some(Wait::InFlight(request, loaded.activation.clone()));
         }
         match &loaded.keys {
             // What was never committed has no keys.
@@ -280,19 +285,6 @@ impl EntityState {
             Some(known) if known.may_contain(&key) => Some(Wait::Lookup(request, key)),
             _ => self.decide(*request, Some(key)),
         }
-    }
-
-    /// Takes the request once more when all that is in flight is settled: only then is it known whether it has happened already.
-    fn write_again(&self, me: &ActorRef<EntityMessage>, request: Box<WriteRequest>) {
-        let (me, entity) = (me.clone(), self.identity.hash);
-        self.when_settled(Box::new(move |_| {
-            if let Err(ractor::MessagingErr::SendErr(EntityMessage::Write(request))) =
-                me.cast(EntityMessage::Write(request))
-            {
-                // The actor is leaving. The other request with this key tells its own caller how it ended.
-                request.reply.send(Err(Unavailable::Interrupted { entity }.into()));
-            }
-        }));
     }
 
     /// Answers with the outcome that the request had before.

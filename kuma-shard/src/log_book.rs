@@ -530,3 +530,71 @@ async fn write_one(connection: &mut SqliteConnection, commit: &Commit, place: Pl
     }
     statements::insert_one(connection, &(commit, place)).await
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::test_shard::{Settled, TestShard, commit};
+
+    fn keyed(entity: &Arc<EntityRow>, version: u64, append_key: &[u8]) -> Commit {
+        Commit { append_key: Some(append_key.to_vec()), ..commit(entity, version) }
+    }
+
+    async fn assert_refused(settled: Settled) {
+        let refused = settled.await.unwrap();
+        assert!(matches!(refused, Err(CommitError::NotWritten(NotWritten::Conflict { .. }))), "{refused:?}");
+    }
+
+    /// Whoever decides a commit looks its key up first. Should that ever fail, the request must not happen twice.
+    #[tokio::test]
+    async fn a_key_that_is_staged_or_in_the_tail_is_not_written_again() {
+        let mut shard = TestShard::new().await;
+        let (entity, neighbour) = (shard.entity(1, 0), shard.entity(2, 0));
+        let one = Arc::new(Activation::at(0));
+        let (first, again, behind, beside) = (
+            shard.submit(&one, keyed(&entity, 1, b"key")),
+            shard.submit(&one, keyed(&entity, 2, b"key")),
+            shard.submit(&one, keyed(&entity, 3, b"other")),
+            shard.submit(&Arc::new(Activation::at(0)), keyed(&neighbour, 1, b"key")),
+        );
+        first.await.unwrap().unwrap();
+        assert_refused(again).await;
+        assert_eq!(behind.await.unwrap(), Err(NotWritten::Voided.into()));
+        beside.await.unwrap().unwrap();
+        assert_eq!((shard.stats().groups, shard.tail().read().len()), (1, 2), "they were meant to be one group");
+
+        // In the tail, as it was left and as it is made again. What was refused left no key behind.
+        assert_refused(shard.submit(&Arc::new(Activation::at(1)), keyed(&entity, 2, b"key"))).await;
+        shard.crash().await;
+        assert_eq!(shard.tail().read().len(), 2);
+        assert_refused(shard.submit(&Arc::new(Activation::at(1)), keyed(&entity, 2, b"key"))).await;
+        shard.submit(&Arc::new(Activation::at(1)), keyed(&entity, 2, b"other")).await.unwrap().unwrap();
+        assert_eq!(shard.find_append(&entity, b"key").await.unwrap().map(|row| row.version), Some(1));
+        assert_eq!(shard.find_append(&entity, b"other").await.unwrap().map(|row| row.version), Some(2));
+        shard.stop().await;
+    }
+
+    /// A group is written one by one because one of its commits does not fit. The keys of the others are noted once.
+    #[tokio::test]
+    async fn keys_of_a_group_that_is_written_one_by_one_are_noted() {
+        let mut shard = TestShard::new().await;
+        let (entity, twin) = (shard.entity(1, 0), shard.entity(1, 0));
+        let one = Arc::new(Activation::at(0));
+        let (first, refused, second) = (
+            shard.submit(&one, keyed(&entity, 1, b"a")),
+            shard.submit(&Arc::new(Activation::at(0)), keyed(&twin, 1, b"b")),
+            shard.submit(&one, keyed(&entity, 2, b"c")),
+        );
+        first.await.unwrap().unwrap();
+        assert_refused(refused).await;
+        second.await.unwrap().unwrap();
+        assert_eq!(shard.stats().groups, 1, "they were meant to be one group");
+        for _ in 0..2 {
+            assert_eq!(shard.find_append(&entity, b"c").await.unwrap().map(|row| row.position), Some(2));
+            assert_eq!(shard.append_keys(&entity, 9).await.unwrap(), [b"a", b"c"]);
+            assert!(shard.append_keys(&twin, 9).await.unwrap().is_empty());
+            shard.reopen().await;
+        }
+        shard.stop().await;
+    }
+}

@@ -82,6 +82,18 @@ impl TestShard {
         self.shard = Shard::open(&self.options, self.root.get_cell()).await.unwrap();
     }
 
+    /// As after the death of the process: nothing was moved to the indexes, and no file was closed.
+    pub(crate) async fn crash(&mut self) {
+        let files = || std::fs::read_dir(&self.options.directory).unwrap().map(|file| file.unwrap().path());
+        // Nothing is on its way, so that they are as of one moment. The -shm file is made anew.
+        let kept: Vec<_> = files().filter(|path| !path.to_string_lossy().ends_with("-shm")).collect();
+        let kept: Vec<_> = kept.into_iter().map(|path| (std::fs::read(&path).unwrap(), path)).collect();
+        self.shard.stop().await;
+        files().for_each(|path| std::fs::remove_file(path).unwrap());
+        kept.into_iter().for_each(|(bytes, path)| std::fs::write(path, bytes).unwrap());
+        self.start().await;
+    }
+
     /// Changes the file behind the store's back.
     pub(crate) async fn tamper(&mut self, statement: &'static str) {
         self.shard.stop().await;

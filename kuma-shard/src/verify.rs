@@ -346,7 +346,7 @@ mod tests {
             "UPDATE key_index SET position = 3 WHERE position = 2",
             "UPDATE key_index SET position = 99 WHERE position = 2",
             "UPDATE key_index SET append_key = x'00' WHERE position = 2",
-            "UPDATE key_index SET eid = 2 WHERE position = 3",
+            "UPDATE key_index SET eid = 7 WHERE position = 3",
             "INSERT INTO key_index VALUES (1, x'00', 2)",
         ] {
             let mut shard = shard().await;
@@ -409,7 +409,9 @@ mod tests {
         let whole = std::fs::read(&path).unwrap();
         let page = (root as usize - 1) * PAGE_BYTES as usize;
         let (mut noticed, mut harmless) = (0, 0);
-        for byte in (0..PAGE_BYTES as usize).filter(|byte| whole[page + byte] != 0) {
+        // The head with one pointer a row, and the rows: https://sqlite.org/fileformat2.html, "B-tree Pages".
+        let rows = usize::from(u16::from_be_bytes([whole[page + 5], whole[page + 6]]));
+        for byte in (0..8 + 2 * 8).chain(rows..PAGE_BYTES as usize) {
             let mut bytes = whole.clone();
             bytes[page + byte] ^= 1 << (byte % 8);
             std::fs::write(&path, bytes).unwrap();
