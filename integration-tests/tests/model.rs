@@ -23,7 +23,7 @@ use futures_util::{StreamExt, TryStreamExt, future::BoxFuture, stream};
 use integration_tests::seed;
 use kuma_core::{
     AppendError, Change, Command, Diff, Direction, Entity, ExecuteError, Handle, Kuma, Metadata, Options, Outcome,
-    Refused, Unavailable, Version,
+    Refused, Version,
 };
 use power_loss::{Disk, PowerLoss};
 use rand::{RngExt, SeedableRng, rngs::StdRng};
@@ -490,16 +490,7 @@ impl World {
             return;
         }
         for (write, expected, ending) in ended.into_iter().flatten() {
-            // A retry of what is in flight waits for it; should the entity leave meanwhile, it is told to come again.
-            let interrupted = format!("{:?}", Unavailable::Interrupted { entity: kuma_core::EntityHash([0; 16]) });
-            let word = interrupted.split(' ').next().unwrap();
-            match &ending {
-                Ending::Unavailable(why)
-                    if end == BatchEnd::Passivate
-                        && why.starts_with(word)
-                        && matches!(expected, Ending::Done { repeated: true, .. } | Ending::KeyReused { .. }) => {}
-                _ => assert_eq!(ending, expected, "{write:?}"),
-            }
+            assert_eq!(ending, expected, "{write:?}");
         }
     }
 

@@ -188,8 +188,9 @@ async fn import(kuma: &Kuma, path: &Path, source: &str) -> anyhow::Result<()> {
         Err(error) => {
             let path = path.display();
             let done = thousands(error.report.events);
-            Err(anyhow!("{path}: {error}")
-                .context(format!("stopped; {done} events of the file are in the store, run it again when it is mended")))
+            Err(anyhow!("{path}: {error}").context(format!(
+                "stopped; {done} events of the file are in the store, run it again when it is mended"
+            )))
         }
     }
 }

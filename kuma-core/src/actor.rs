@@ -41,6 +41,7 @@ use crate::{
     replay::{self, Opener},
     reply::{WriteReply, Written},
     retry::{KNOWN_KEYS_MAX, KnownKeys, RetryKey},
+    sequence::Link,
     shard_core::ShardCore,
     snapshot::ReplayCost,
     snapshotter::SnapshotJob,
@@ -174,7 +175,7 @@ impl Actor for EntityActor {
 enum Wait {
     /// The entity is not in memory.
     Load(EntityMessage),
-    /// The entity has no key yet.
+    /// The entity has no key yet, and something to be written.
     Key(Box<WriteRequest>),
     /// Another request with the same idempotency key is in flight. Everything else waits along, so that the order stays.
     InFlight(Box<WriteRequest>, Arc<Activation>),
@@ -267,13 +268,14 @@ impl EntityState {
 
     /// Sorts out whether the request happened before; decides it if not.
     fn write(&mut self, request: Box<WriteRequest>) -> Option<Wait> {
-        if request.reply.sequence.as_ref().is_some_and(crate::Sequence::is_broken) {
+        if request.reply.link.as_ref().is_some_and(Link::is_broken) {
             let entity = self.identity.hash;
             request.reply.send(Err(Unavailable::SequenceBroken { entity }.into()));
             return None;
         }
         let loaded = self.loaded.as_deref()?;
-        let Some(opener) = &loaded.opener else { return Some(Wait::Key(request)) };
+        // What was never written has no idempotency keys.
+        let Some(opener) = &loaded.opener else { return self.decide(*request, None) };
         let Some(retry) = &request.retry else { return self.decide(*request, None) };
         let key = opener.append_key(&retry.key);
         if loaded.is_in_flight(&key) {
@@ -346,6 +348,11 @@ impl EntityState {
                 }
             }
         };
+        if self.loaded.as_deref()?.opener.is_none() {
+            // Only now: a request that comes to nothing leaves no key behind.
+            let content = Content::Events(events, decoded);
+            return Some(Wait::Key(Box::new(WriteRequest { content, expected, metadata, retry, reply })));
+        }
         if !self.speculate(&decoded) {
             self.refuse(Refused::ApplyPanicked { entity }, reply);
             return Some(Wait::Rebuild);

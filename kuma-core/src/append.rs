@@ -114,18 +114,15 @@ impl<'a> Append<'a> {
     /// # Errors
     /// It was refused before it was sent, or there is too much on the way already.
     /// # Cancel safety
-    /// Cancel safe until the entity is found: if the future is dropped before it returns, nothing was sent.
+    /// Cancel safe until the entity is found: if the future is dropped before it returns, nothing was sent (and its sequence is
+    /// broken).
     pub async fn submit(self) -> Result<Pending, AppendError> {
         let Append { handle, prepared, expected, metadata, retry, sequence } = self;
-        let (events, decoded) = match prepared {
-            Ok(prepared) => prepared,
-            Err(refused) => {
-                sequence.iter().for_each(Sequence::break_off);
-                return Err(refused.into());
-            }
-        };
+        // From here on, whatever keeps it from being committed breaks its sequence.
+        let link = sequence.map(|sequence| sequence.link());
+        let (events, decoded) = prepared?;
         let content = Content::Events(events, decoded);
-        handle.submit(Write { content, expected, metadata, retry, sequence }).await.map(Pending)
+        handle.submit(Write { content, expected, metadata, retry, link }).await.map(Pending)
     }
 }
 

@@ -80,7 +80,7 @@ impl<'a, E: Entity, C: Command<E>> Execute<'a, E, C> {
         let slot: Slot<E, C::Rejection> = Arc::default();
         let command = TypedCommand { command, limits: handle.limits(), slot: slot.clone() };
         let content = Content::Command(Box::new(command));
-        let answer = handle.submit(Write { content, expected, metadata, retry: retry?, sequence: None }).await?;
+        let answer = handle.submit(Write { content, expected, metadata, retry: retry?, link: None }).await?;
         Ok(Executing { answer, slot })
     }
 }

@@ -6,6 +6,7 @@
 use std::{
     marker::PhantomData,
     ops::{Deref, RangeBounds},
+    panic::{AssertUnwindSafe, catch_unwind},
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
@@ -22,7 +23,7 @@ use tracing::Instrument;
 
 use crate::{
     Append, AppendError, Command, Direction, Entity, Execute, History, Metadata, NewEvent, Outcome, ReadError,
-    RecordedEvent, Refused, Sequence, Unavailable, Version,
+    RecordedEvent, Refused, Unavailable, Version,
     actor::{Content, EntityMessage, WriteRequest},
     body::{Body, EncodedEvents, EventEncoder, Limits},
     identity::Identity,
@@ -32,6 +33,7 @@ use crate::{
     replay::{self, Opener, Until},
     reply::{OwnAppends, WriteReply, Written},
     retry::{self, RetryKey},
+    sequence::Link,
     shard_core::ShardCore,
     store::{self, Inner},
     time_travel::{self, Diff},
@@ -78,7 +80,7 @@ pub(crate) struct Write {
     pub(crate) expected: Option<Version>,
     pub(crate) metadata: Option<Metadata>,
     pub(crate) retry: Option<RetryKey>,
-    pub(crate) sequence: Option<Sequence>,
+    pub(crate) link: Option<Link>,
 }
 
 /// Where the answer to a write comes from.
@@ -423,8 +425,12 @@ impl RawHandle {
         let body = encoded.body(None).map_err(|error| undecodable(kind.name(), error.to_string()))?;
         let body = Body::parse(&body).map_err(|error| undecodable(kind.name(), error.to_string()))?;
         let items: Vec<(u32, &Bytes)> = body.events;
-        // What the kind cannot read back is never written.
-        let decoded = kind.decode(&items).map_err(|error| undecodable(&error.event, error.detail))?;
+        // What the kind cannot read back is never written. Whoever appends raw events is seldom the author of its code.
+        let decoded = catch_unwind(AssertUnwindSafe(|| kind.decode(&items)))
+            .map_err(|_| {
+                undecodable(kind.name(), "reading it back panicked; mend its upcaster or `Deserialize`".to_owned())
+            })?
+            .map_err(|error| undecodable(&error.event, error.detail))?;
         Ok((encoded, decoded))
     }
 
@@ -442,16 +448,7 @@ impl RawHandle {
 
     /// Hands a write to the entity's actor. Where the answer will come from, and for which entity.
     pub(crate) async fn submit(&self, write: Write) -> Result<Answer, AppendError> {
-        let sequence = write.sequence.clone();
-        let submitted = self.submit_unless_broken(write).await;
-        if let (Err(_), Some(sequence)) = (&submitted, sequence) {
-            sequence.break_off();
-        }
-        submitted
-    }
-
-    async fn submit_unless_broken(&self, write: Write) -> Result<Answer, AppendError> {
-        let Write { content, expected, metadata, retry, sequence } = write;
+        let Write { content, expected, metadata, retry, link } = write;
         let Who { identity, .. } = self.who()?;
         let core = self.store.core(identity)?;
         let entity = identity.hash;
@@ -474,7 +471,7 @@ impl RawHandle {
         let reply = WriteReply {
             caller,
             held: (shard_room, entity_room, self.own.enter()),
-            sequence,
+            link,
             span,
             metrics: core.metrics.clone(),
             started: Instant::now(),

@@ -16,6 +16,7 @@
 //!   entities of which a handle is kept.
 
 mod lines;
+mod stored;
 
 use std::{
     borrow::Cow,
@@ -28,7 +29,10 @@ use futures_util::FutureExt;
 use kuma_shard::EntityHash;
 use tokio::io::AsyncBufRead;
 
-use self::lines::{Lines, LinesError};
+use self::{
+    lines::{Lines, LinesError},
+    stored::Stored,
+};
 use crate::{
     AppendError, Kuma, Metadata, NewEvent, Pending, RawHandle, Refused, ReplayError, Sequence, Unavailable, Version,
     identity::check_kind,
@@ -45,9 +49,11 @@ const COMMIT_BYTES: usize = 512;
 /// Bytes of commits of which not all lines were read yet.
 const OPEN_BYTES_MAX: usize = 64 << 20;
 /// Entities of which a handle is kept.
-const HANDLES_MAX: usize = 16 << 10;
+const HANDLES_MAX: usize = if cfg!(test) { 64 } else { 16 << 10 };
 /// Entities that are told apart, to be counted: 16 bytes each.
-const COUNTED_MAX: usize = 1 << 20;
+const COUNTED_MAX: usize = if cfg!(test) { 400 } else { 1 << 20 };
+/// Commits that were there already and are told of at once.
+const PROGRESS_EVERY: u64 = 256;
 /// The header that keeps the original time of an event.
 const AT: &str = "at";
 /// What separates kind and id in a map; a kind has no such character.
@@ -374,7 +380,7 @@ struct Run<P> {
     manifest: Option<Manifest>,
     truncated: bool,
     counted: Option<HashSet<EntityHash>>,
-    targets: HashMap<Box<str>, Arc<Target>>,
+    entities: HashMap<Box<str>, Entity>,
     /// Commits of which not all lines were read, by entity.
     open: HashMap<Box<str>, Commit>,
     open_bytes: usize,
@@ -382,11 +388,27 @@ struct Run<P> {
     on_the_way_bytes: usize,
     /// Commits that were not written because the sequence was broken before they were decided, in their order.
     broken: Vec<(Commit, AppendError)>,
+    /// Whether the commit that was settled last had been appended by an earlier run.
+    is_repeating: bool,
     /// The problem with the lowest line.
     failed: Option<(u64, ImportProblem)>,
 }
 
-/// An entity that is written to. How many clones of it there are tells how many of its commits are on the way.
+/// An entity of the file.
+struct Entity {
+    target: Arc<Target>,
+    stored: Ahead,
+}
+
+/// Whether the entity's stored commits are compared with those of the file.
+enum Ahead {
+    NotYet,
+    Reading(Box<Stored>),
+    /// There are no more of the file.
+    Over,
+}
+
+/// Where an entity's commits go. How many clones of it there are tells how many of them are on the way.
 struct Target {
     handle: RawHandle,
     sequence: Sequence,
@@ -430,7 +452,8 @@ impl<P: FnMut(&ImportProgress) + Send> Run<P> {
             manifest: None,
             truncated: false,
             counted: Some(HashSet::new()),
-            targets: HashMap::new(),
+            entities: HashMap::new(),
+            is_repeating: false,
             open: HashMap::new(),
             open_bytes: 0,
             on_the_way: VecDeque::new(),
@@ -607,14 +630,19 @@ impl<P: FnMut(&ImportProgress) + Send> Run<P> {
         if is_let_in { Ok(()) } else { Err(ImportProblem::UnknownKind) }
     }
 
-    /// Sends a commit on its way, when there is room for it.
+    /// Sends a commit on its way, when there is room for it, unless it is there.
     async fn submit(&mut self, commit: Commit) -> Result<(), Stopped> {
+        if self.is_there(&commit).await {
+            self.repeated(&commit);
+            // As often as other commits are settled.
+            return if self.done.commits.is_multiple_of(PROGRESS_EVERY) { self.go_on() } else { Ok(()) };
+        }
         while self.on_the_way.len() >= self.import.in_flight
             || (!self.on_the_way.is_empty() && self.on_the_way_bytes + commit.bytes > self.bytes_max)
         {
             self.settle().await?;
         }
-        let target = self.target(&commit.entity);
+        let target = self.entity(&commit.entity).target.clone();
         // Half of what an entity takes: others may want to write to it as well.
         let appends_max = target.handle.core().map_or(1, |core| (core.settings.entity_appends_max / 2).max(1));
         // One clone is in the map and one here.
@@ -655,10 +683,36 @@ impl<P: FnMut(&ImportProgress) + Send> Run<P> {
             self.go_on()?;
         }
         let fresh = Target { handle: target.handle.clone(), sequence: Sequence::new() };
-        if let Some(target) = self.targets.values_mut().find(|known| Arc::ptr_eq(known, &target)) {
-            *target = Arc::new(fresh);
+        if let Some(entity) = self.entities.values_mut().find(|known| Arc::ptr_eq(&known.target, &target)) {
+            entity.target = Arc::new(fresh);
         }
         Ok(())
+    }
+
+    /// Whether the commit is known to be durable already, without asking its entity.
+    async fn is_there(&mut self, commit: &Commit) -> bool {
+        let (is_repeating, key) = (self.is_repeating, self.key(commit));
+        let entity = self.entity(&commit.entity);
+        if is_repeating && matches!(entity.stored, Ahead::NotYet) {
+            entity.stored = match Stored::open(&entity.target.handle).await {
+                Some(stored) => Ahead::Reading(Box::new(stored)),
+                None => Ahead::Over,
+            };
+        }
+        let Ahead::Reading(stored) = &mut entity.stored else { return false };
+        let is_there = stored.take(key.as_bytes(), &commit.events).await;
+        if !is_there {
+            entity.stored = Ahead::Over;
+        }
+        is_there
+    }
+
+    /// The commit's idempotency key.
+    fn key<'a>(&self, commit: &'a Commit) -> Cow<'a, str> {
+        match &commit.key {
+            Some(key) => Cow::Borrowed(key),
+            None => Cow::Owned(format!("import/{}/{}", self.import.source, commit.line)),
+        }
     }
 
     async fn append(
@@ -667,11 +721,7 @@ impl<P: FnMut(&ImportProgress) + Send> Run<P> {
         commit: &Commit,
         sequence: Option<&Sequence>,
     ) -> Result<Pending, AppendError> {
-        let mut append = handle.append_all(commit.events.iter().cloned());
-        append = match &commit.key {
-            Some(key) => append.idempotency_key(key),
-            None => append.idempotency_key(format!("import/{}/{}", self.import.source, commit.line)),
-        };
+        let mut append = handle.append_all(commit.events.iter().cloned()).idempotency_key(&*self.key(commit));
         if let Some(metadata) = commit.metadata() {
             append = append.metadata(metadata);
         }
@@ -684,26 +734,23 @@ impl<P: FnMut(&ImportProgress) + Send> Run<P> {
         append.submit().await
     }
 
-    /// The entity with a handle that is kept.
-    fn target(&mut self, entity: &str) -> Arc<Target> {
-        if let Some(target) = self.targets.get(entity) {
-            return target.clone();
-        }
+    /// The entity, with a handle that is kept.
+    fn entity(&mut self, name: &str) -> &mut Entity {
         // More than can be on the way, so that this is not done for each new entity.
-        if self.targets.len() >= HANDLES_MAX.max(2 * self.import.in_flight) {
-            self.targets.retain(|_, target| Arc::strong_count(target) > 1);
+        if self.entities.len() >= HANDLES_MAX.max(2 * self.import.in_flight) && !self.entities.contains_key(name) {
+            self.entities.retain(|_, entity| Arc::strong_count(&entity.target) > 1);
         }
-        let (kind, id) = entity.split_once(SEPARATOR).unwrap_or((entity, ""));
-        let handle = self.import.kuma.raw(kind, id);
-        if let (Some(counted), Some(hash)) = (&mut self.counted, handle.hash()) {
-            counted.insert(hash);
-            if counted.len() > COUNTED_MAX {
-                self.counted = None;
+        self.entities.entry(name.into()).or_insert_with(|| {
+            let (kind, id) = name.split_once(SEPARATOR).unwrap_or((name, ""));
+            let handle = self.import.kuma.raw(kind, id);
+            if let (Some(counted), Some(hash)) = (&mut self.counted, handle.hash()) {
+                counted.insert(hash);
+                if counted.len() > COUNTED_MAX {
+                    self.counted = None;
+                }
             }
-        }
-        let target = Arc::new(Target { handle, sequence: Sequence::new() });
-        self.targets.insert(entity.into(), target.clone());
-        target
+            Entity { target: Arc::new(Target { handle, sequence: Sequence::new() }), stored: Ahead::NotYet }
+        })
     }
 
     /// Waits for the oldest commit on the way, and takes all others that are settled by then.
@@ -732,15 +779,12 @@ impl<P: FnMut(&ImportProgress) + Send> Run<P> {
     }
 
     fn settled(&mut self, commit: Commit, outcome: Result<Written, AppendError>) {
-        let events = commit.events.len() as u64;
         match outcome {
-            Ok(written) => {
+            Ok(Written::Repeated(..)) => self.repeated(&commit),
+            Ok(Written::Committed(_) | Written::Rejected) => {
+                self.is_repeating = false;
                 self.done.commits += 1;
-                self.done.events += events;
-                if let Written::Repeated(..) = written {
-                    self.done.repeated += 1;
-                    self.repeated_events += events;
-                }
+                self.done.events += commit.events.len() as u64;
             }
             // Either a commit before it failed, which is the one to tell of, or it is sent again.
             Err(error @ AppendError::Unavailable(Unavailable::SequenceBroken { .. })) => {
@@ -748,6 +792,14 @@ impl<P: FnMut(&ImportProgress) + Send> Run<P> {
             }
             Err(error) => drop(self.fail(commit.line, error)),
         }
+    }
+
+    fn repeated(&mut self, commit: &Commit) {
+        self.is_repeating = true;
+        self.done.commits += 1;
+        self.done.events += commit.events.len() as u64;
+        self.done.repeated += 1;
+        self.repeated_events += commit.events.len() as u64;
     }
 
     /// Waits for everything that is on its way.
@@ -822,5 +874,39 @@ impl Commit {
             metadata.headers.push((AT.to_owned(), at.clone()));
         }
         Some(metadata)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Options;
+
+    /// More entities than handles are kept of and than are told apart, in a store that can keep few of them in memory.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn memory_is_bounded_by_the_handles_that_are_kept() {
+        const ENTITIES: usize = COUNTED_MAX + 100;
+        let dir = tempfile::tempdir().unwrap();
+        let kuma = Kuma::start(Options::new(dir.path()).shards(1).memory_budget(1 << 20)).await.unwrap();
+        let line = |n: usize| {
+            format!("{{\"kind\":\"k\",\"id\":\"{}\",\"type\":\"T\",\"data\":{{\"n\":{n}}}}}\n", n % ENTITIES)
+        };
+        let file: String = (0..3 * ENTITIES).map(line).collect();
+        for repeated in [0, 3 * ENTITIES] {
+            let mut run = Run::new(kuma.import("f").in_flight(20), |_| {});
+            let mut lines = Lines::new(file.as_bytes(), LINE_BYTES_MAX);
+            assert!(run.read(&mut lines).await.is_ok());
+            assert!(run.entities.len() <= HANDLES_MAX && run.counted.is_none());
+            let report = run.finish().await.unwrap();
+            assert_eq!((report.events, report.repeated_events), (3 * ENTITIES as u64, repeated as u64));
+            assert_eq!(report.entities, None, "too many to be counted");
+        }
+        for id in [0, ENTITIES - 1] {
+            let events = kuma.raw("k", format!("{id}")).events(.., 9).await.unwrap();
+            let numbers: Vec<_> =
+                events.iter().map(|event| event.json().unwrap()["n"].as_u64().unwrap() as usize).collect();
+            assert_eq!(numbers, [id, id + ENTITIES, id + 2 * ENTITIES]);
+        }
+        kuma.shutdown().await;
     }
 }

@@ -11,7 +11,7 @@ use std::{
 use kuma_shard::Permit;
 use tokio::sync::oneshot;
 
-use crate::{AppendError, Sequence, Version, kind::Decoded, observe::CoreMetrics};
+use crate::{AppendError, Version, kind::Decoded, observe::CoreMetrics, sequence::Link};
 
 /// Counts a handle's own appends that are on their way.
 #[derive(Clone, Debug, Default)]
@@ -48,12 +48,12 @@ pub(crate) enum Written {
     Rejected,
 }
 
-/// Where the outcome of a write goes. Dropped unanswered, it means "unknown".
+/// Where the outcome of a write goes. Dropped unanswered, it means "unknown", and its sequence is broken.
 pub(crate) struct WriteReply {
     pub(crate) caller: oneshot::Sender<Result<Written, AppendError>>,
     /// Room in the entity's and the shard's queue, and a place among the handle's own appends: free again before the caller hears.
     pub(crate) held: (Permit, Permit, OwnAppend),
-    pub(crate) sequence: Option<Sequence>,
+    pub(crate) link: Option<Link>,
     /// From admission to the answer.
     pub(crate) span: tracing::Span,
     pub(crate) metrics: Arc<CoreMetrics>,
@@ -62,8 +62,10 @@ pub(crate) struct WriteReply {
 
 impl WriteReply {
     pub(crate) fn send(self, outcome: Result<Written, AppendError>) {
-        if outcome.is_err() {
-            self.break_sequence();
+        match outcome {
+            Ok(_) => self.link.into_iter().for_each(Link::hold),
+            // Before the caller hears of it.
+            Err(_) => drop(self.link),
         }
         self.span.record("result", result(&outcome));
         self.metrics.write_ended(&outcome, self.started.elapsed());
@@ -74,9 +76,7 @@ impl WriteReply {
 
     /// Nothing of its sequence may be decided from now on.
     pub(crate) fn break_sequence(&self) {
-        if let Some(sequence) = &self.sequence {
-            sequence.break_off();
-        }
+        self.link.iter().for_each(Link::break_off);
     }
 
     /// Takes room in the shard's queue for what was only known once the request was decided.

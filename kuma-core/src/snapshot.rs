@@ -116,6 +116,11 @@ pub(crate) fn seal(
     if saved.len() > SNAPSHOT_BYTES_MAX {
         return Err("its state is larger than 64 MiB");
     }
+    // What cannot be read back would be ignored at every activation, and made again.
+    let restored = catch_unwind(AssertUnwindSafe(|| kind.restore(&saved).is_ok()));
+    if !restored.unwrap_or(false) {
+        return Err("its saved state cannot be read back");
+    }
     let version = durable.version.0;
     let plaintext = [last_first.to_le_bytes().as_slice(), &saved].concat();
     let body = seal_snapshot(&opener.key, &place(opener, version, schema), &plaintext);

@@ -6,10 +6,15 @@ pub(crate) mod observed;
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::SeqCst},
+    },
     time::{Duration, Instant},
 };
 
-use kuma_core::{Entity, Kuma, Options, RecordedEvent};
+use kuma_core::{Command, Entity, Kuma, Options, RecordedEvent};
+use power_loss::{Disk, PowerLoss};
 use serde::{Deserialize, Serialize};
 use tempfile::TempDir;
 
@@ -36,6 +41,115 @@ impl Entity for Ledger {
 
 pub(crate) fn entered(number: u64) -> LedgerEvent {
     LedgerEvent::Entered { number, note: String::new() }
+}
+
+/// An entity that commands are decided on.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Account {
+    pub(crate) balance: i64,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum AccountEvent {
+    Deposited {
+        amount: i64,
+    },
+    Withdrawn {
+        amount: i64,
+    },
+    /// `apply` panics.
+    Poisoned,
+}
+
+impl Entity for Account {
+    const KIND: &'static str = "account";
+    type Event = AccountEvent;
+
+    fn apply(&mut self, event: &AccountEvent) {
+        match event {
+            AccountEvent::Deposited { amount } => self.balance += amount,
+            AccountEvent::Withdrawn { amount } => self.balance -= amount,
+            AccountEvent::Poisoned => panic!("apply panics, as told"),
+        }
+    }
+}
+
+pub(crate) fn deposited(amount: i64) -> AccountEvent {
+    AccountEvent::Deposited { amount }
+}
+
+/// Takes an amount if it is there; nothing to do for 0.
+#[derive(Clone, Default, Serialize)]
+pub(crate) struct Withdraw {
+    pub(crate) amount: i64,
+    /// How often it was decided.
+    #[serde(skip)]
+    pub(crate) decisions: Arc<AtomicU64>,
+}
+
+pub(crate) fn withdraw(amount: i64) -> Withdraw {
+    Withdraw { amount, decisions: Arc::default() }
+}
+
+impl Withdraw {
+    pub(crate) fn decided(&self) -> u64 {
+        self.decisions.load(SeqCst)
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("short of {missing}")]
+pub(crate) struct Overdrawn {
+    pub(crate) missing: i64,
+}
+
+impl Command<Account> for Withdraw {
+    type Rejection = Overdrawn;
+
+    fn decide(self, account: &Account) -> Result<Vec<AccountEvent>, Overdrawn> {
+        self.decisions.fetch_add(1, SeqCst);
+        match (self.amount, account.balance - self.amount) {
+            (0, _) => Ok(Vec::new()),
+            (_, left) if left < 0 => Err(Overdrawn { missing: -left }),
+            _ => Ok(vec![AccountEvent::Withdrawn { amount: self.amount }]),
+        }
+    }
+}
+
+/// A store of one shard on a disk that can be made slow, fail or lose its power.
+pub(crate) struct OnDisk {
+    pub(crate) disk: PowerLoss,
+    pub(crate) kuma: Kuma,
+    pub(crate) dir: TempDir,
+}
+
+impl OnDisk {
+    pub(crate) async fn new() -> OnDisk {
+        OnDisk::in_directory(directory()).await
+    }
+
+    pub(crate) async fn in_directory(dir: TempDir) -> OnDisk {
+        let disk = PowerLoss::register(Disk::Honest);
+        let kuma = Kuma::start(Options::new(dir.path()).shards(1).vfs(disk.vfs_name())).await.unwrap();
+        OnDisk { disk, kuma, dir }
+    }
+
+    /// Whatever fails from now on fails in the shard's log, not in that of the keys.
+    pub(crate) fn fail_in_log_only(&self) {
+        self.disk.only_files_matching(|path| path.to_string_lossy().ends_with("shard-000.db-wal"));
+    }
+
+    /// Returns once a sync has begun.
+    pub(crate) async fn until_syncing(&self) {
+        until("a sync has begun", async || self.disk.counts().syncs_in_flight > 0).await;
+    }
+
+    /// The power goes, and what is left is opened.
+    pub(crate) async fn cut(self, seed: u64) -> OnDisk {
+        self.disk.cut(seed);
+        self.kuma.shutdown().await;
+        OnDisk::in_directory(self.dir).await
+    }
 }
 
 /// A directory in memory where there is one: these tests are about content, not about the disk.
@@ -121,6 +235,10 @@ pub(crate) fn write_files(path: &Path, files: &Files) {
     }
     for (name, bytes) in files {
         std::fs::write(path.join(name), bytes).unwrap();
+    }
+    let key = path.join("master.key");
+    if key.exists() {
+        std::fs::set_permissions(key, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
     }
 }
 

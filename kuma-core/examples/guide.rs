@@ -1,0 +1,189 @@
+//! The code of docs/guide.md as one program.
+//!
+//! ```sh
+//! cargo run --example guide -p kuma-core --features testing
+//! ```
+// A guide says `unwrap` in tests.
+#![allow(clippy::unwrap_used)]
+
+use kuma_core::{
+    Direction, ExecuteError, Handle, Kuma, NewEvent, Sequence, Version,
+    testing::{Corpus, TestStore, given},
+};
+
+use kuma_core::{Command, Entity};
+use serde::{Deserialize, Serialize};
+
+#[derive(Default, Clone, Serialize, Deserialize)]
+struct Account {
+    balance: i64,
+}
+
+#[derive(Serialize, Deserialize)]
+enum AccountEvent {
+    Deposited { amount: i64 },
+    Withdrawn { amount: i64 },
+}
+
+impl Entity for Account {
+    const KIND: &'static str = "account";
+    type Event = AccountEvent;
+    fn apply(&mut self, event: &AccountEvent) {
+        match event {
+            AccountEvent::Deposited { amount } => self.balance += amount,
+            AccountEvent::Withdrawn { amount } => self.balance -= amount,
+        }
+    }
+}
+
+#[derive(Serialize)] // for idempotency keys
+struct Withdraw {
+    amount: i64,
+}
+
+#[derive(Debug, PartialEq, thiserror::Error)]
+#[error("short of {missing}")]
+struct Overdrawn {
+    missing: i64,
+}
+
+impl Command<Account> for Withdraw {
+    type Rejection = Overdrawn;
+    fn decide(self, account: &Account) -> Result<Vec<AccountEvent>, Overdrawn> {
+        match account.balance - self.amount {
+            left if left < 0 => Err(Overdrawn { missing: -left }),
+            _ => Ok(vec![AccountEvent::Withdrawn { amount: self.amount }]),
+        }
+    }
+}
+
+async fn pay(kuma: &Kuma, request_id: &str) -> Result<(), Box<dyn std::error::Error>> {
+    let account = kuma.entity::<Account>("acc_001");
+    match account.execute(Withdraw { amount: 200 }).idempotency_key(request_id).await {
+        Ok(done) => println!("version {}, {} events", done.version(), done.events().len()),
+        Err(ExecuteError::Rejected(Overdrawn { missing })) => println!("{missing} is missing"),
+        Err(error) => return Err(error.into()),
+    }
+    Ok(())
+}
+
+async fn stream(kuma: &Kuma, readings: Vec<NewEvent>) -> Result<(), Box<dyn std::error::Error>> {
+    let meter = kuma.raw("meter", "m-17");
+    let (sequence, mut pending) = (Sequence::new(), Vec::new());
+    for reading in readings {
+        pending.push(meter.append(reading).in_sequence(&sequence).submit().await?);
+    }
+    for append in pending {
+        append.await?; // after the first error all others are `SequenceBroken`
+    }
+    Ok(())
+}
+
+async fn past(account: &Handle<Account>) -> Result<(), Box<dyn std::error::Error>> {
+    let then = account.at_version(Version(7)).await?.balance;
+    let yesterday = account.at(std::time::SystemTime::now() - std::time::Duration::from_secs(86_400)).await?.balance;
+    print!("{then} {yesterday}\n{}", account.diff(Version(7), Version(9)).await?); // ~ /balance: 800 -> 650
+    let mut newest_first = account.history(.., Direction::Backward);
+    while let Some(event) = newest_first.next().await {
+        let event = event?;
+        println!("{} {} {}", event.version, event.name, event.json()?);
+    }
+    Ok(())
+}
+
+mod evolved {
+    use kuma_core::{Entity, Upcasters};
+    use serde::{Deserialize, Serialize};
+    use serde_json::json;
+
+    #[derive(Default, Clone, Serialize, Deserialize)]
+    pub(crate) struct Account {
+        pub(crate) cents: i64,
+    }
+
+    #[derive(Serialize, Deserialize)]
+    pub(crate) enum AccountEvent {
+        Deposited { cents: i64, currency: String },
+    }
+
+    impl Entity for Account {
+        const KIND: &'static str = "account";
+        const SCHEMA: u32 = 3;
+        type Event = AccountEvent;
+        fn apply(&mut self, event: &AccountEvent) {
+            let AccountEvent::Deposited { cents, .. } = event;
+            self.cents += cents;
+        }
+        fn upcasters() -> Upcasters {
+            #[derive(Deserialize)]
+            struct Put {
+                euros: i64,
+            }
+            #[derive(Serialize)]
+            struct Deposited {
+                cents: i64,
+            }
+            Upcasters::new()
+                .typed(1, "Put", |old: Put| Deposited { cents: old.euros * 100 }) // version 1 had `Put { euros }`
+                .rename(1, "Put", "Deposited")
+                .json(2, "Deposited", |mut data| {
+                    // version 2 had no currency
+                    data["currency"] = json!("EUR");
+                    data
+                })
+        }
+    }
+}
+
+const CORPUS: &str = r#"
+{"type":"Deposited","schema":1,"bytes":"81a6616d6f756e7405","data":{"amount":5}}
+{"type":"Withdrawn","schema":1,"bytes":"81a6616d6f756e7405","data":{"amount":5}}
+"#;
+
+async fn tests() {
+    // A command against a history, without a store.
+    given::<Account>([AccountEvent::Deposited { amount: 5 }])
+        .when(Withdraw { amount: 3 })
+        .then([AccountEvent::Withdrawn { amount: 3 }]);
+    given::<Account>([]).when(Withdraw { amount: 1 }).then_rejected(&Overdrawn { missing: 1 });
+
+    // A store of its own, gone after the test.
+    let store = TestStore::start().await;
+    let account = store.entity::<Account>("acc_001");
+    account.append(AccountEvent::Deposited { amount: 5 }).await.unwrap();
+    let store = store.reopen().await; // as after a restart
+
+    // Every event that was ever released still decodes. The file is kept beside the code;
+    // KUMA_CORPUS=update adds what is new to it.
+    Corpus::<Account>::at("tests/corpus/account.ndjson")
+        .sample(AccountEvent::Deposited { amount: 5 })
+        .sample(AccountEvent::Withdrawn { amount: 5 })
+        .check();
+    assert_eq!(store.entity::<Account>("acc_001").read().await.unwrap().balance, 5);
+}
+
+#[tokio::main]
+async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let store = TestStore::start().await;
+    let account = store.entity::<Account>("acc_001");
+    for _ in 0..9 {
+        account.append(AccountEvent::Deposited { amount: 50 }).await?;
+    }
+    pay(&store, "request 1").await?;
+    pay(&store, "request 1").await?;
+    pay(&store, "request 2").await?;
+    pay(&store, "request 3").await?;
+    past(&account).await?;
+    let reading = |number| NewEvent::json("Read", &serde_json::json!({"kwh": number}));
+    stream(&store, (0..100).map(reading).collect::<Result<_, _>>()?).await?;
+    // `Put { euros: 3 }`, as version 1 of the code stored it.
+    let old = NewEvent::json("Put", &serde_json::json!({"euros": 3}))?.schema(1);
+    assert_eq!(given::<evolved::Account>([]).and_stored([old]).state().cents, 300);
+    let directory = tempfile::tempdir()?;
+    std::env::set_current_dir(directory.path())?;
+    std::fs::create_dir_all("tests/corpus")?;
+    // As `KUMA_CORPUS=update` leaves it.
+    std::fs::write("tests/corpus/account.ndjson", CORPUS)?;
+    tests().await;
+    Ok(())
+}
