@@ -17,6 +17,7 @@ use std::{
         atomic::{AtomicBool, AtomicU64, Ordering::SeqCst},
     },
     task::{Context, Poll},
+    time::Duration,
 };
 
 use common::{Ledger, OnDisk, assert_clean, directory, entered, start, until};
@@ -24,7 +25,7 @@ use kuma_core::{
     AppendError, ImportError, ImportProblem, ImportProgress, ImportReport, Kuma, LineProblem, Manifest, NewEvent,
     Options, Refused, Version,
 };
-use power_loss::{Errno, Fault};
+use power_loss::{Disk, Errno, Fault, PowerLoss};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use tokio::io::{AsyncBufRead, AsyncRead, ReadBuf};
@@ -776,12 +777,14 @@ async fn files_as_editors_leave_them_are_read() {
     kuma.shutdown().await;
 }
 
-/// A store that others fill: what was refused as overloaded is sent again, in its order. Also what waited for the key of a new entity,
-/// and was given up when a later commit of the same entity found no room.
+/// A store that others fill: what was refused as overloaded is sent again, in its order, after what was sent before.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_import_into_a_store_that_is_busy_waits_and_keeps_the_order() {
     let dir = directory();
+    let disk = PowerLoss::register(Disk::Honest);
+    disk.sync_takes(Duration::from_millis(1));
     let options = Options::new(dir.path()).shards(1).shard_bytes_max(60_000).entity_appends_max(20);
+    let options = options.vfs(disk.vfs_name());
     let kuma = Kuma::start(options).await.unwrap();
     let (stop, refused) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
     // Each takes nearly all the room there is, again and again.

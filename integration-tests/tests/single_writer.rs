@@ -266,7 +266,7 @@ async fn what_only_the_file_refuses_fails_alone_too() {
     assert_eq!(alone.versions(&neighbour).await, [(1, 2, 2), (2, 3, 3)]);
     assert!(alone.versions(&twin).await.is_empty());
 
-    // The same idempotency key twice.
+    // The same idempotency key twice: that the writer itself refuses.
     let keyed = |version| Commit { append_key: Some(vec![7]), ..commit(&neighbour, version) };
     alone.submit(&neighbours, Some(keyed(3))).await.unwrap().unwrap();
     let again = alone.submit(&neighbours, Some(keyed(4)));

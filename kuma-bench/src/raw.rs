@@ -47,7 +47,6 @@ CREATE TABLE log(
     body BLOB NOT NULL
 ) STRICT;
 CREATE UNIQUE INDEX log_by_entity ON log(eid, version);
-CREATE UNIQUE INDEX log_by_append_key ON log(eid, append_key) WHERE append_key IS NOT NULL;
 ";
 
 const INSERT: &str = "INSERT INTO log(position, slot, seq, eid, version, count, at, epoch, append_key, checksum, body)

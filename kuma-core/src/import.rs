@@ -22,7 +22,11 @@ use std::{
     borrow::Cow,
     collections::{HashMap, HashSet, VecDeque},
     fmt, io,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
+    time::Duration,
 };
 
 use futures_util::FutureExt;
@@ -386,8 +390,6 @@ struct Run<P> {
     open_bytes: usize,
     on_the_way: VecDeque<OnTheWay>,
     on_the_way_bytes: usize,
-    /// Commits that were not written because the sequence was broken before they were decided, in their order.
-    broken: Vec<(Commit, AppendError)>,
     /// Whether the commit that was settled last had been appended by an earlier run.
     is_repeating: bool,
     /// The problem with the lowest line.
@@ -408,10 +410,22 @@ enum Ahead {
     Over,
 }
 
-/// Where an entity's commits go. How many clones of it there are tells how many of them are on the way.
+/// Where an entity's commits go.
 struct Target {
     handle: RawHandle,
     sequence: Sequence,
+    /// How many of them are on the way.
+    on_the_way: AtomicUsize,
+}
+
+impl Target {
+    fn new(handle: RawHandle) -> Arc<Self> {
+        Arc::new(Target { handle, sequence: Sequence::new(), on_the_way: AtomicUsize::new(0) })
+    }
+
+    fn on_the_way(&self) -> usize {
+        self.on_the_way.load(Relaxed)
+    }
 }
 
 /// The lines of a commit.
@@ -429,10 +443,12 @@ struct Commit {
     bytes: usize,
 }
 
+/// A commit that was submitted.
 struct OnTheWay {
-    commit: Commit,
-    /// Counted.
-    _target: Arc<Target>,
+    line: u64,
+    events: u64,
+    bytes: usize,
+    target: Arc<Target>,
     pending: Pending,
 }
 
@@ -458,7 +474,6 @@ impl<P: FnMut(&ImportProgress) + Send> Run<P> {
             open_bytes: 0,
             on_the_way: VecDeque::new(),
             on_the_way_bytes: 0,
-            broken: Vec::new(),
             failed: None,
         }
     }
@@ -631,9 +646,11 @@ impl<P: FnMut(&ImportProgress) + Send> Run<P> {
     }
 
     /// Sends a commit on its way, when there is room for it, unless it is there.
-    async fn submit(&mut self, commit: Commit) -> Result<(), Stopped> {
-        if self.is_there(&commit).await {
-            self.repeated(&commit);
+    async fn submit(&mut self, mut commit: Commit) -> Result<(), Stopped> {
+        let (line, events) = (commit.line, commit.events.len() as u64);
+        let key = commit.key.take().unwrap_or_else(|| format!("import/{}/{line}", self.import.source));
+        if self.is_there(&commit, &key).await {
+            self.repeated(events);
             // As often as other commits are settled.
             return if self.done.commits.is_multiple_of(PROGRESS_EVERY) { self.go_on() } else { Ok(()) };
         }
@@ -642,56 +659,52 @@ impl<P: FnMut(&ImportProgress) + Send> Run<P> {
         {
             self.settle().await?;
         }
-        let target = self.entity(&commit.entity).target.clone();
+        let mut target = self.entity(&commit.entity).target.clone();
         // Half of what an entity takes: others may want to write to it as well.
         let appends_max = target.handle.core().map_or(1, |core| (core.settings.entity_appends_max / 2).max(1));
-        // One clone is in the map and one here.
-        while Arc::strong_count(&target) - 2 >= appends_max {
+        while target.on_the_way() >= appends_max {
             self.settle().await?;
         }
-        match self.append(&target.handle, &commit, Some(&target.sequence)).await {
-            Ok(pending) => {
-                self.on_the_way_bytes += commit.bytes;
-                self.on_the_way.push_back(OnTheWay { commit, _target: target, pending });
-                Ok(())
+        loop {
+            match commit.append(&target, &key).await {
+                Ok(pending) => {
+                    let bytes = commit.bytes;
+                    self.on_the_way_bytes += bytes;
+                    target.on_the_way.fetch_add(1, Relaxed);
+                    self.on_the_way.push_back(OnTheWay { line, events, bytes, target, pending });
+                    return Ok(());
+                }
+                Err(AppendError::Unavailable(Unavailable::Overloaded { retry_after, .. })) => {
+                    target = self.wait_for_room(target, &commit.entity, retry_after).await?;
+                }
+                Err(error) => return Err(self.fail(line, error)),
             }
-            Err(AppendError::Unavailable(Unavailable::Overloaded { .. })) => {
-                self.submit_overloaded(target, commit).await
-            }
-            Err(error) => Err(self.fail(commit.line, error)),
         }
     }
 
-    /// Others write to the store as well and have filled it. The refusal broke the entity's sequence, and with it those of its commits
-    /// that were not decided yet: they and this one are sent again, one by one.
-    async fn submit_overloaded(&mut self, target: Arc<Target>, commit: Commit) -> Result<(), Stopped> {
-        while Arc::strong_count(&target) > 2 {
+    /// Others write to the store as well and have filled it. The refusal broke the entity's sequence: a new one begins when nothing of
+    /// the old one can fail any more.
+    async fn wait_for_room(
+        &mut self,
+        target: Arc<Target>,
+        entity: &str,
+        retry_after: Duration,
+    ) -> Result<Arc<Target>, Stopped> {
+        match self.on_the_way.is_empty() {
+            true => tokio::time::sleep(retry_after).await,
+            false => self.settle().await?,
+        }
+        while target.on_the_way() > 0 {
             self.settle().await?;
         }
-        let broken = std::mem::take(&mut self.broken);
-        for commit in broken.into_iter().map(|(commit, _)| commit).chain([commit]) {
-            let outcome = loop {
-                match self.append(&target.handle, &commit, None).await {
-                    Ok(pending) => break pending.0.await,
-                    Err(AppendError::Unavailable(Unavailable::Overloaded { retry_after, .. })) => {
-                        tokio::time::sleep(retry_after).await;
-                    }
-                    Err(error) => break Err(error),
-                }
-            };
-            self.settled(commit, outcome);
-            self.go_on()?;
-        }
-        let fresh = Target { handle: target.handle.clone(), sequence: Sequence::new() };
-        if let Some(entity) = self.entities.values_mut().find(|known| Arc::ptr_eq(&known.target, &target)) {
-            entity.target = Arc::new(fresh);
-        }
-        Ok(())
+        let fresh = Target::new(target.handle.clone());
+        self.entity(entity).target = fresh.clone();
+        Ok(fresh)
     }
 
     /// Whether the commit is known to be durable already, without asking its entity.
-    async fn is_there(&mut self, commit: &Commit) -> bool {
-        let (is_repeating, key) = (self.is_repeating, self.key(commit));
+    async fn is_there(&mut self, commit: &Commit, key: &str) -> bool {
+        let is_repeating = self.is_repeating;
         let entity = self.entity(&commit.entity);
         if is_repeating && matches!(entity.stored, Ahead::NotYet) {
             entity.stored = match Stored::open(&entity.target.handle).await {
@@ -707,38 +720,11 @@ impl<P: FnMut(&ImportProgress) + Send> Run<P> {
         is_there
     }
 
-    /// The commit's idempotency key.
-    fn key<'a>(&self, commit: &'a Commit) -> Cow<'a, str> {
-        match &commit.key {
-            Some(key) => Cow::Borrowed(key),
-            None => Cow::Owned(format!("import/{}/{}", self.import.source, commit.line)),
-        }
-    }
-
-    async fn append(
-        &self,
-        handle: &RawHandle,
-        commit: &Commit,
-        sequence: Option<&Sequence>,
-    ) -> Result<Pending, AppendError> {
-        let mut append = handle.append_all(commit.events.iter().cloned()).idempotency_key(&*self.key(commit));
-        if let Some(metadata) = commit.metadata() {
-            append = append.metadata(metadata);
-        }
-        if let Some(expected) = commit.expected {
-            append = append.expecting(expected);
-        }
-        if let Some(sequence) = sequence {
-            append = append.in_sequence(sequence);
-        }
-        append.submit().await
-    }
-
     /// The entity, with a handle that is kept.
     fn entity(&mut self, name: &str) -> &mut Entity {
         // More than can be on the way, so that this is not done for each new entity.
         if self.entities.len() >= HANDLES_MAX.max(2 * self.import.in_flight) && !self.entities.contains_key(name) {
-            self.entities.retain(|_, entity| Arc::strong_count(&entity.target) > 1);
+            self.entities.retain(|_, entity| entity.target.on_the_way() > 0);
         }
         self.entities.entry(name.into()).or_insert_with(|| {
             let (kind, id) = name.split_once(SEPARATOR).unwrap_or((name, ""));
@@ -749,7 +735,7 @@ impl<P: FnMut(&ImportProgress) + Send> Run<P> {
                     self.counted = None;
                 }
             }
-            Entity { target: Arc::new(Target { handle, sequence: Sequence::new() }), stored: Ahead::NotYet }
+            Entity { target: Target::new(handle), stored: Ahead::NotYet }
         })
     }
 
@@ -773,33 +759,27 @@ impl<P: FnMut(&ImportProgress) + Send> Run<P> {
         if self.failed.is_some() { Err(Stopped) } else { Ok(()) }
     }
 
-    fn arrived(&mut self, on_the_way: OnTheWay, outcome: Result<Written, AppendError>) {
-        self.on_the_way_bytes -= on_the_way.commit.bytes;
-        self.settled(on_the_way.commit, outcome);
-    }
-
-    fn settled(&mut self, commit: Commit, outcome: Result<Written, AppendError>) {
+    fn arrived(&mut self, commit: OnTheWay, outcome: Result<Written, AppendError>) {
+        let OnTheWay { line, events, bytes, target, .. } = commit;
+        self.on_the_way_bytes -= bytes;
+        target.on_the_way.fetch_sub(1, Relaxed);
         match outcome {
-            Ok(Written::Repeated(..)) => self.repeated(&commit),
+            Ok(Written::Repeated(..)) => self.repeated(events),
             Ok(Written::Committed(_) | Written::Rejected) => {
                 self.is_repeating = false;
                 self.done.commits += 1;
-                self.done.events += commit.events.len() as u64;
+                self.done.events += events;
             }
-            // Either a commit before it failed, which is the one to tell of, or it is sent again.
-            Err(error @ AppendError::Unavailable(Unavailable::SequenceBroken { .. })) => {
-                self.broken.push((commit, error));
-            }
-            Err(error) => drop(self.fail(commit.line, error)),
+            Err(error) => drop(self.fail(line, error)),
         }
     }
 
-    fn repeated(&mut self, commit: &Commit) {
+    fn repeated(&mut self, events: u64) {
         self.is_repeating = true;
         self.done.commits += 1;
-        self.done.events += commit.events.len() as u64;
+        self.done.events += events;
         self.done.repeated += 1;
-        self.repeated_events += commit.events.len() as u64;
+        self.repeated_events += events;
     }
 
     /// Waits for everything that is on its way.
@@ -809,10 +789,6 @@ impl<P: FnMut(&ImportProgress) + Send> Run<P> {
             let _ = self.settle().await;
         }
         (self.progress)(&self.done);
-        for (commit, error) in std::mem::take(&mut self.broken) {
-            // After the one that it follows from, which has a lower line.
-            self.fail(commit.line, error);
-        }
         let report = ImportReport {
             lines: self.done.lines,
             entities: self.counted.map(|counted| counted.len() as u64),
@@ -855,6 +831,19 @@ impl Commit {
         }
         self.events.push(event);
         Ok(())
+    }
+
+    async fn append(&self, target: &Target, key: &str) -> Result<Pending, AppendError> {
+        // Cloned: it may have to be sent again.
+        let append = target.handle.append_all(self.events.iter().cloned());
+        let mut append = append.idempotency_key(key).in_sequence(&target.sequence);
+        if let Some(metadata) = self.metadata() {
+            append = append.metadata(metadata);
+        }
+        if let Some(expected) = self.expected {
+            append = append.expecting(expected);
+        }
+        append.submit().await
     }
 
     fn is_whole(&self) -> bool {

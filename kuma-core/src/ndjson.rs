@@ -145,6 +145,8 @@ pub enum LineProblem {
 
 /// A line, read.
 #[derive(Debug)]
+// There is one at a time, and it is nearly always an event.
+#[allow(clippy::large_enum_variant)]
 pub(crate) enum Line<'a> {
     Event(EventLine<'a>),
     Manifest(Manifest),

@@ -299,6 +299,11 @@ pub(crate) async fn find(core: &ShardCore, identity: &Identity) -> Result<Option
     Ok(Some(Opener { row: Arc::new(row), key }))
 }
 
+/// Whether there was no reason to stop but the end.
+fn is_last(rows: &[LogRow], rows_max: u32) -> bool {
+    rows.len() < rows_max as usize && rows.iter().map(|row| row.body.len()).sum::<usize>() < kuma_shard::PAGE_BYTES
+}
+
 /// How many rows make a page, going by those that were read.
 pub(crate) fn next_page_rows(rows: usize, bytes: usize) -> u32 {
     let row_bytes = (bytes / rows.max(1)).max(1);
@@ -332,7 +337,7 @@ impl Opener {
             }
             next += u64::from(row.count);
         }
-        let is_last = rows.len() < rows_max as usize;
+        let is_last = is_last(&rows, rows_max);
         Ok((rows, is_last))
     }
 
@@ -345,7 +350,7 @@ impl Opener {
         rows_max: u32,
     ) -> Result<(Vec<LogRow>, bool), ReplayError> {
         let rows = shard.read_log_before(&self.row, version, rows_max).await?;
-        let is_last = rows.len() < rows_max as usize;
+        let is_last = is_last(&rows, rows_max);
         let gap = |next: u64, found: u64| ReplayError::Gap { expected: Version(next), found: Version(found) };
         for pair in rows.windows(2) {
             if last_version(&pair[1]) + 1 != pair[0].version {

@@ -24,8 +24,8 @@ use crate::{shard_core::ShardCore, supervisor::EntitySupervisor};
 pub(crate) enum RootMessage {
     /// Starts the entity supervisor of a shard.
     Supervise { core: Arc<ShardCore>, reply: oneshot::Sender<Result<(), SpawnErr>> },
-    /// Children that end from now on were told to.
-    Stopping,
+    /// Children that end from now on were told to. Answered once that is noted: news of children overtake messages.
+    Stopping { noted: oneshot::Sender<()> },
 }
 
 impl ractor::Message for RootMessage {} // local only
@@ -57,7 +57,10 @@ impl Actor for Root {
             RootMessage::Supervise { core, reply } => {
                 let _ = reply.send(state.supervise(core, me.get_cell()).await);
             }
-            RootMessage::Stopping => state.stopping = true,
+            RootMessage::Stopping { noted } => {
+                state.stopping = true;
+                let _ = noted.send(());
+            }
         }
         Ok(())
     }

@@ -432,8 +432,11 @@ impl Parts {
     }
 
     async fn close_all(&self) {
+        let (noted, stopping) = oneshot::channel();
         // It may be gone already, with its runtime.
-        let _ = self.root.cast(RootMessage::Stopping);
+        if self.root.cast(RootMessage::Stopping { noted }).is_ok() {
+            let _ = stopping.await;
+        }
         if let Some(scrub) = &self.scrub {
             // It holds on to the shards.
             let _ = scrub.stop_and_wait(None, None).await;

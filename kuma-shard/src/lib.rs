@@ -50,6 +50,7 @@ pub use ids::{CopyId, DiskId, EntityHash, Epoch, SLOTS, Slot};
 pub use keys::{KeyRow, KeyStore, KeysReport};
 pub use log_entry::{Commit, OnSettled, Submission};
 pub use log_row::LogRow;
+pub use reads::PAGE_BYTES;
 pub use row_hash::Digest;
 pub use schema::FORMAT;
 pub use scrub::{BadRow, ScrubPage};

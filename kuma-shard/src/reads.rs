@@ -4,6 +4,7 @@
 //! - A row is handed out only if it matches its checksum.
 //! - The tail is looked at first and an index then: what moves meanwhile is found twice and handed out once.
 //! - Nothing is read while it is not known what is on the disk.
+//! - What a page of the log holds in memory is bounded in rows and in bytes, however large the commits are.
 
 use std::collections::BTreeSet;
 
@@ -13,6 +14,38 @@ use crate::{CopyId, EntityHash, EntityRow, LogRow, ReadError, Shard, log_row, st
 
 const FIND_KEY: &str = "SELECT position FROM key_index WHERE eid = ? AND append_key = ?";
 const LIST_KEYS: &str = "SELECT append_key FROM key_index WHERE eid = ? LIMIT ?";
+
+/// A page of an entity's log ends with the commit that makes its bodies so large.
+pub const PAGE_BYTES: usize = 4 << 20;
+
+/// The rows of the log that `wanted` names, up to the one that makes the page full. To look at a body's length SQLite does not read it;
+/// readers buffer whole pages, so that to stop in the middle of one query would come too late.
+macro_rules! page_of {
+    ($wanted:literal, $order:literal) => {
+        concat!(
+            "SELECT log.* FROM (
+                 SELECT log.position, log.version, sum(length(log.body)) OVER (ORDER BY log.version ", $order, ") - length(log.body) AS before
+                 FROM (", $wanted, ") AS wanted CROSS JOIN log ON log.position = wanted.position
+             ) AS page CROSS JOIN log ON log.position = page.position
+             WHERE page.before < 4194304 ORDER BY page.version ", $order
+        )
+    };
+}
+
+const AFTER: &str = page_of!(
+    "SELECT position FROM log_index WHERE eid = ? AND version > ? ORDER BY version LIMIT ?",
+    "ASC"
+);
+const BEFORE: &str = page_of!(
+    "SELECT position FROM log_index WHERE eid = ? AND version < ? ORDER BY version DESC LIMIT ?",
+    "DESC"
+);
+const NOTED: &str = page_of!("SELECT value AS position FROM json_each(?)", "ASC");
+const NOTED_BACKWARD: &str = page_of!("SELECT value AS position FROM json_each(?)", "DESC");
+
+fn is_full(rows: &[LogRow]) -> bool {
+    rows.iter().map(|row| row.body.len()).sum::<usize>() >= PAGE_BYTES
+}
 
 impl Shard {
     /// The entity with this hash, if it was ever written.
@@ -32,7 +65,8 @@ impl Shard {
         entity.map(Some).ok_or_else(|| self.bad_row(0, "the row of an entity does not match its checksum"))
     }
 
-    /// Commits of `entity` whose first version is above `after`, oldest first, at most `rows_max` of them.
+    /// Commits of `entity` whose first version is above `after`, oldest first: at most `rows_max` of them, and no more than make
+    /// [`PAGE_BYTES`]. Fewer than `rows_max` are the last ones, unless they have so many bytes.
     ///
     /// # Errors
     /// The file cannot be read, or a row is damaged.
@@ -40,22 +74,18 @@ impl Shard {
         self.check_readable()?;
         // The tail first: what moves from it to the index meanwhile is found there.
         let tail = self.tail().read().after(entity.eid, after);
-        let query = sqlx::query(
-            "SELECT log.* FROM log_index CROSS JOIN log ON log.position = log_index.position
-             WHERE log_index.eid = ? AND log_index.version > ? ORDER BY log_index.version LIMIT ?",
-        )
-        .bind(entity.eid)
-        .bind(after.cast_signed())
-        .bind(rows_max);
+        let query = sqlx::query(AFTER).bind(entity.eid).bind(after.cast_signed()).bind(rows_max);
         let mut rows = self.log_rows(query, entity).await?;
-        let last = rows.last().map_or(after, |row| row.version);
-        let room = (rows_max as usize).saturating_sub(rows.len());
-        let behind: Vec<TailRow> = tail.into_iter().filter(|row| row.version > last).take(room).collect();
-        rows.extend(self.read_tail(entity, &behind).await?);
+        if !is_full(&rows) {
+            let last = rows.last().map_or(after, |row| row.version);
+            let room = (rows_max as usize).saturating_sub(rows.len());
+            let behind: Vec<TailRow> = tail.into_iter().filter(|row| row.version > last).take(room).collect();
+            rows.extend(self.read_tail(entity, &behind, NOTED).await?);
+        }
         Ok(rows)
     }
 
-    /// Commits of `entity` whose first version is below `before`, newest first, at most `rows_max` of them.
+    /// Commits of `entity` whose first version is below `before`, newest first, bounded like those of [`Shard::read_log`].
     ///
     /// # Errors
     /// The file cannot be read, or a row is damaged.
@@ -70,31 +100,27 @@ impl Shard {
         // Whatever is older than the oldest row of the tail is in the index, and stays there.
         let before = tail.first().map_or(before, |oldest| oldest.version);
         let room = (rows_max as usize).saturating_sub(tail.len());
-        let mut rows = self.read_tail(entity, &tail).await?;
-        rows.reverse();
-        if room > 0 {
-            let query = sqlx::query(
-                "SELECT log.* FROM log_index CROSS JOIN log ON log.position = log_index.position
-                 WHERE log_index.eid = ? AND log_index.version < ? ORDER BY log_index.version DESC LIMIT ?",
-            )
-            .bind(entity.eid)
-            .bind(i64::try_from(before).unwrap_or(i64::MAX))
-            .bind(room as i64);
+        let mut rows = self.read_tail(entity, &tail, NOTED_BACKWARD).await?;
+        if room > 0 && !is_full(&rows) {
+            let before = i64::try_from(before).unwrap_or(i64::MAX);
+            let query = sqlx::query(BEFORE).bind(entity.eid).bind(before).bind(room as i64);
             rows.extend(self.log_rows(query, entity).await?);
         }
         Ok(rows)
     }
 
-    /// The rows of `entity` that `tail` names, in the order of versions.
-    async fn read_tail(&self, entity: &EntityRow, tail: &[TailRow]) -> Result<Vec<LogRow>, ReadError> {
+    /// The rows of `entity` that `tail` names, by one of the statements for them, until they make a page.
+    async fn read_tail(
+        &self,
+        entity: &EntityRow,
+        tail: &[TailRow],
+        statement: &'static str,
+    ) -> Result<Vec<LogRow>, ReadError> {
         let Some(first) = tail.first() else { return Ok(Vec::new()) };
         let positions: Vec<String> = tail.iter().map(|row| row.position.to_string()).collect();
-        let query = sqlx::query(
-            "SELECT log.* FROM json_each(?) AS wanted CROSS JOIN log ON log.position = wanted.value ORDER BY log.version",
-        )
-        .bind(format!("[{}]", positions.join(",")));
+        let query = sqlx::query(statement).bind(format!("[{}]", positions.join(",")));
         let rows = self.log_rows(query, entity).await?;
-        if rows.len() != tail.len() {
+        if rows.len() != tail.len() && !is_full(&rows) {
             return Err(self.bad_row(first.position, "it or a later one that was committed is not there"));
         }
         Ok(rows)
@@ -241,6 +267,47 @@ mod tests {
         assert_eq!(found, "SEARCH key_index USING PRIMARY KEY (eid=? AND append_key=?)");
         let listed = plan(&shard, LIST_KEYS).await;
         assert_eq!(listed, "SEARCH key_index USING PRIMARY KEY (eid=?)");
+        shard.stop().await;
+    }
+
+    /// Pages from one end to the other, as versions, and that none is larger than it may be.
+    async fn pages(shard: &Shard, entity: &Arc<EntityRow>, backward: bool) -> Vec<Vec<u64>> {
+        let (mut pages, mut at) = (Vec::new(), if backward { u64::MAX } else { 0 });
+        loop {
+            let page = match backward {
+                true => shard.read_log_before(entity, at, 100).await.unwrap(),
+                false => shard.read_log(entity, at, 100).await.unwrap(),
+            };
+            let Some(last) = page.last() else { return pages };
+            let but_one: usize = page[..page.len() - 1].iter().map(|row| row.body.len()).sum();
+            assert!(but_one < PAGE_BYTES);
+            at = last.version;
+            pages.push(page.iter().map(|row| row.version).collect());
+        }
+    }
+
+    /// In the tail, in the index, and some here and some there.
+    #[tokio::test]
+    async fn a_page_of_large_commits_ends_before_it_is_too_large_and_none_is_left_out() {
+        let mut shard = TestShard::new().await;
+        let entity = shard.entity(1, 0);
+        let large = |version| crate::Commit { body: vec![7; 1_500_000], ..commit(&entity, version) };
+        let activation = Arc::new(Activation::at(0));
+        for version in 1..=7 {
+            shard.submit(&activation, large(version)).await.unwrap().unwrap();
+            if version == 4 {
+                shard.reopen().await;
+            }
+        }
+        for _ in 0..2 {
+            let forward = pages(&shard, &entity, false).await;
+            assert_eq!(forward.concat(), [1, 2, 3, 4, 5, 6, 7]);
+            assert!(forward.len() > 2, "{forward:?}");
+            let backward = pages(&shard, &entity, true).await;
+            assert_eq!(backward.concat(), [7, 6, 5, 4, 3, 2, 1]);
+            assert!(backward.len() > 2, "{backward:?}");
+            shard.reopen().await;
+        }
         shard.stop().await;
     }
 
