@@ -383,8 +383,14 @@ async fn a_difference_tells_what_changed_between_two_versions_in_either_directio
         lines.sort_unstable();
         lines
     };
-    assert_eq!(lines(1, 2).await, ["+ /deep/two: 2", "- /name: \"a\"", "- /tags/1: \"y\"", "~ /tags/0: \"x\" -> \"y\""]);
-    assert_eq!(lines(2, 1).await, ["+ /name: \"a\"", "+ /tags/1: \"y\"", "- /deep/two: 2", "~ /tags/0: \"y\" -> \"x\""]);
+    assert_eq!(
+        lines(1, 2).await,
+        ["+ /deep/two: 2", "- /name: \"a\"", "- /tags/1: \"y\"", "~ /tags/0: \"x\" -> \"y\""]
+    );
+    assert_eq!(
+        lines(2, 1).await,
+        ["+ /name: \"a\"", "+ /tags/1: \"y\"", "- /deep/two: 2", "~ /tags/0: \"y\" -> \"x\""]
+    );
     assert_eq!(lines(0, 0).await, Vec::<String>::new());
     assert_eq!(lines(2, 0).await.len(), 2, "its fields are gone");
 }
