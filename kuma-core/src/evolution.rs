@@ -12,7 +12,10 @@ use std::{borrow::Cow, fmt, sync::Arc};
 
 use serde::{Serialize, de::DeserializeOwned};
 
-use crate::body::{join, split};
+use crate::{
+    body::{join, split},
+    kind::Undecodable,
+};
 
 type Change = Arc<dyn Fn(&[u8]) -> Result<Vec<u8>, String> + Send + Sync>;
 
@@ -137,12 +140,12 @@ impl Upcasters {
         current: u32,
         schema: u32,
         event: &'a [u8],
-    ) -> Result<(u32, Cow<'a, [u8]>), (String, String)> {
+    ) -> Result<(u32, Cow<'a, [u8]>), Undecodable> {
         if schema >= current || self.steps.is_empty() {
             return Ok((schema, Cow::Borrowed(event)));
         }
         let Some((stored_name, stored_data)) = split(event) else {
-            return Err((String::new(), "it has no name".to_owned()));
+            return Err(Undecodable { event: String::new(), detail: "it has no name".to_owned() });
         };
         let (mut name, mut data) = (Cow::Borrowed(stored_name), Cow::Borrowed(stored_data));
         for step in self.steps.iter().filter(|step| step.schema >= schema && step.schema < current) {
@@ -152,8 +155,9 @@ impl Upcasters {
             match &step.what {
                 What::Rename(new_name) => name = Cow::Owned(new_name.clone()),
                 What::Change(change) => {
-                    let changed = change(&data).map_err(|detail| {
-                        (name.to_string(), format!("its upcaster from schema {} failed: {detail}", step.schema))
+                    let changed = change(&data).map_err(|detail| Undecodable {
+                        event: name.to_string(),
+                        detail: format!("its upcaster from schema {} failed: {detail}", step.schema),
                     })?;
                     data = Cow::Owned(changed);
                 }
@@ -221,8 +225,8 @@ mod tests {
     #[test]
     fn a_step_that_cannot_read_its_event_says_which_and_why() {
         let upcasters = Upcasters::new().typed(1, "E", |old: String| old.len());
-        let (name, detail) = upcasters.run(2, 1, &event("E", &json!({"a": 1}))).unwrap_err();
-        assert_eq!(name, "E");
+        let Undecodable { event, detail } = upcasters.run(2, 1, &event("E", &json!({"a": 1}))).unwrap_err();
+        assert_eq!(event, "E");
         assert!(detail.contains("upcaster from schema 1 failed"), "{detail}");
     }
 

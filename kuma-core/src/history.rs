@@ -147,6 +147,8 @@ struct OpenCursor {
     /// Forward: the last version that was read. Backward: the first one.
     at: u64,
     rows_max: u32,
+    /// Whether a page was read.
+    is_begun: bool,
     is_done: bool,
 }
 
@@ -164,15 +166,18 @@ impl OpenCursor {
             },
             Direction::Backward => span.last.saturating_add(1).min(i64::MAX.unsigned_abs()),
         };
-        let rows_max = FIRST_PAGE_ROWS;
-        Ok(Some(Box::new(OpenCursor { core, kind, opener, span, direction, at, rows_max, is_done: false })))
+        let (rows_max, is_begun, is_done) = (FIRST_PAGE_ROWS, false, false);
+        Ok(Some(Box::new(OpenCursor { core, kind, opener, span, direction, at, rows_max, is_begun, is_done })))
     }
 
     async fn page(&mut self) -> Result<Vec<CommitEvents>, ReplayError> {
         let (rows, is_last) = match self.direction {
             Direction::Forward => self.opener.page(&self.core.shard, self.at, self.rows_max).await?,
-            Direction::Backward => self.opener.page_before(&self.core.shard, self.at, self.rows_max).await?,
+            Direction::Backward => {
+                self.opener.page_before(&self.core.shard, self.at, self.is_begun, self.rows_max).await?
+            }
         };
+        self.is_begun = true;
         self.is_done = is_last;
         let bytes: usize = rows.iter().map(|row| row.body.len()).sum();
         self.rows_max = next_page_rows(rows.len(), bytes);

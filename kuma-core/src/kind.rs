@@ -92,7 +92,7 @@ impl<E: Entity> Kind for TypedKind<E> {
     }
 
     fn upcast<'a>(&self, schema: u32, event: &'a [u8]) -> Result<(u32, Cow<'a, [u8]>), Undecodable> {
-        self.upcasters.run(E::SCHEMA, schema, event).map_err(|(event, detail)| Undecodable { event, detail })
+        self.upcasters.run(E::SCHEMA, schema, event)
     }
 
     fn decode(&self, events: &[(u32, &Bytes)]) -> Result<Decoded, Undecodable> {

@@ -342,24 +342,17 @@ impl Opener {
     }
 
     /// The rows that begin before `version`, newest first, which follow each other without a gap down to version 1, and whether
-    /// they are the last ones.
+    /// they are the last ones. If it `joins`, the newest one ends right before `version`.
     pub(crate) async fn page_before(
         &self,
         shard: &Shard,
         version: u64,
+        joins: bool,
         rows_max: u32,
     ) -> Result<(Vec<LogRow>, bool), ReplayError> {
         let rows = shard.read_log_before(&self.row, version, rows_max).await?;
         let is_last = is_last(&rows, rows_max);
-        let gap = |next: u64, found: u64| ReplayError::Gap { expected: Version(next), found: Version(found) };
-        for pair in rows.windows(2) {
-            if last_version(&pair[1]) + 1 != pair[0].version {
-                return Err(gap(pair[0].version - 1, last_version(&pair[1])));
-            }
-        }
-        if is_last && let Some(first) = rows.last().filter(|row| row.version != 1) {
-            return Err(gap(first.version - 1, 0));
-        }
+        check_backward(&rows, joins.then_some(version), is_last)?;
         Ok((rows, is_last))
     }
 
@@ -392,6 +385,26 @@ impl Opener {
     }
 }
 
+/// Whether rows, newest first, follow each other without a gap: from `behind`, where that is known, down to version 1, if they are the
+/// last ones.
+fn check_backward(rows: &[LogRow], behind: Option<u64>, is_last: bool) -> Result<(), ReplayError> {
+    let gap = |behind: u64, found: u64| ReplayError::Gap {
+        expected: Version(behind.saturating_sub(1)),
+        found: Version(found),
+    };
+    let mut behind = behind;
+    for row in rows {
+        if let Some(behind) = behind.filter(|behind| last_version(row) + 1 != *behind || row.count == 0) {
+            return Err(gap(behind, last_version(row)));
+        }
+        behind = Some(row.version);
+    }
+    match behind {
+        Some(first) if is_last && first != 1 => Err(gap(first, 0)),
+        _ => Ok(()),
+    }
+}
+
 /// Folds the first `events_max` events of a commit.
 fn fold(
     kind: &dyn Kind,
@@ -418,4 +431,38 @@ fn fold(
 
 fn panicked(kind: &dyn Kind, version: Version) -> ReplayError {
     ReplayError::Panicked { kind: kind.name().to_string(), version }
+}
+
+#[cfg(test)]
+mod tests {
+    use kuma_shard::{Epoch, Slot};
+
+    use super::*;
+
+    fn row(&(version, count): &(u64, u32)) -> LogRow {
+        let (slot, epoch) = (Slot::new(0), Epoch::FIRST);
+        LogRow { position: 0, slot, seq: 0, version, count, at_us: 0, epoch, append_key: None, body: Vec::new() }
+    }
+
+    fn gap(versions: &[(u64, u32)], behind: Option<u64>, is_last: bool) -> Option<(u64, u64)> {
+        let rows: Vec<LogRow> = versions.iter().map(row).collect();
+        match check_backward(&rows, behind, is_last) {
+            Ok(()) => None,
+            Err(ReplayError::Gap { expected, found }) => Some((expected.0, found.0)),
+            Err(other) => panic!("{other:?}"),
+        }
+    }
+
+    /// A commit that was missing where one page ends and the next begins was once passed over in silence.
+    #[test]
+    fn a_gap_is_noticed_within_a_page_between_two_and_at_the_end() {
+        assert_eq!(gap(&[(7, 2), (4, 3), (1, 3)], None, true), None);
+        assert_eq!(gap(&[(7, 2), (4, 3)], Some(9), false), None);
+        assert_eq!(gap(&[(7, 2), (4, 2)], None, false), Some((6, 5)), "within a page");
+        assert_eq!(gap(&[(7, 2), (4, 3)], Some(10), false), Some((9, 8)), "between two");
+        assert_eq!(gap(&[(7, 2), (4, 3)], None, true), Some((3, 0)), "at the end");
+        assert_eq!(gap(&[], Some(4), true), Some((3, 0)), "a last page without rows");
+        assert_eq!(gap(&[], Some(1), true), None);
+        assert_eq!(gap(&[], None, true), None, "there are no events");
+    }
 }

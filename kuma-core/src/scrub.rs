@@ -17,7 +17,7 @@
 //! not [`Kuma::verify`](crate::Kuma::verify), which compares digests, indexes and versions as well, in one go.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, hash_map},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -189,21 +189,21 @@ impl ScrubState {
         if self.openers.len() >= OPENERS_MAX {
             self.openers.clear();
         }
-        if !self.openers.contains_key(&name) {
-            let key = match core.vault.key(entity.id_hash, KeyId(entity.key_id)).await {
-                Ok(key) => key,
-                Err(error @ crate::VaultError::KeyMissing) => return Err(error.to_string()),
-                // A key service that does not answer, or a store that is closing, says nothing about the row.
-                Err(_) => return Ok(()),
-            };
-            let opener = Opener { row: entity.clone().into(), key };
-            opener.check_id()?;
-            self.openers.insert(name, opener);
-        }
-        match self.openers.get(&name) {
-            Some(opener) => verify::check_commit(opener, row).map(|_| ()),
-            None => Ok(()),
-        }
+        let opener = match self.openers.entry(name) {
+            hash_map::Entry::Occupied(known) => known.into_mut(),
+            hash_map::Entry::Vacant(place) => {
+                let key = match core.vault.key(entity.id_hash, KeyId(entity.key_id)).await {
+                    Ok(key) => key,
+                    Err(error @ crate::VaultError::KeyMissing) => return Err(error.to_string()),
+                    // A store that is closing says nothing about the row.
+                    Err(_) => return Ok(()),
+                };
+                let opener = Opener { row: entity.clone().into(), key };
+                opener.check_id()?;
+                place.insert(opener)
+            }
+        };
+        verify::check_commit(opener, row).map(|_| ())
     }
 }
 

@@ -136,7 +136,7 @@ impl<E: Entity, R: Debug> When<E, R> {
             Ok(decided) => decided,
             Err(rejection) => panic!("the command was rejected: {rejection:?}"),
         };
-        let stored = |events: &[E::Event]| -> Vec<Vec<u8>> { events.iter().map(|event| encode(event)).collect() };
+        let stored = |events: &[E::Event]| -> Vec<Vec<u8>> { events.iter().map(encode).collect() };
         let expected: Vec<E::Event> = expected.into_iter().collect();
         if stored(&decided) != stored(&expected) {
             let list =
