@@ -56,6 +56,8 @@ const OPEN_BYTES_MAX: usize = 64 << 20;
 const HANDLES_MAX: usize = if cfg!(test) { 64 } else { 16 << 10 };
 /// Entities that are told apart, to be counted: 16 bytes each.
 const COUNTED_MAX: usize = if cfg!(test) { 400 } else { 1 << 20 };
+/// So many commits of an entity that it should be told when they are settled.
+const BURST: usize = 4;
 /// Commits that were there already and are told of at once.
 const PROGRESS_EVERY: u64 = 256;
 /// The header that keeps the original time of an event.
@@ -390,6 +392,8 @@ struct Run<P> {
     open_bytes: usize,
     on_the_way: VecDeque<OnTheWay>,
     on_the_way_bytes: usize,
+    /// Entities that had a burst of commits, all of them settled.
+    left_alone: Vec<Arc<Target>>,
     /// Whether the commit that was settled last had been appended by an earlier run.
     is_repeating: bool,
     /// The problem with the lowest line.
@@ -416,15 +420,28 @@ struct Target {
     sequence: Sequence,
     /// How many of them are on the way.
     on_the_way: AtomicUsize,
+    /// How many were sent since none was.
+    burst: AtomicUsize,
 }
 
 impl Target {
     fn new(handle: RawHandle) -> Arc<Self> {
-        Arc::new(Target { handle, sequence: Sequence::new(), on_the_way: AtomicUsize::new(0) })
+        let (on_the_way, burst) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        Arc::new(Target { handle, sequence: Sequence::new(), on_the_way, burst })
     }
 
     fn on_the_way(&self) -> usize {
         self.on_the_way.load(Relaxed)
+    }
+
+    fn sent(&self) {
+        self.on_the_way.fetch_add(1, Relaxed);
+        self.burst.fetch_add(1, Relaxed);
+    }
+
+    /// Whether the entity is left alone now with many commits that it does not know to be durable.
+    fn arrived(&self) -> bool {
+        self.on_the_way.fetch_sub(1, Relaxed) == 1 && self.burst.swap(0, Relaxed) >= BURST
     }
 }
 
@@ -474,6 +491,7 @@ impl<P: FnMut(&ImportProgress) + Send> Run<P> {
             open_bytes: 0,
             on_the_way: VecDeque::new(),
             on_the_way_bytes: 0,
+            left_alone: Vec::new(),
             failed: None,
         }
     }
@@ -670,7 +688,7 @@ impl<P: FnMut(&ImportProgress) + Send> Run<P> {
                 Ok(pending) => {
                     let bytes = commit.bytes;
                     self.on_the_way_bytes += bytes;
-                    target.on_the_way.fetch_add(1, Relaxed);
+                    target.sent();
                     self.on_the_way.push_back(OnTheWay { line, events, bytes, target, pending });
                     return Ok(());
                 }
@@ -750,6 +768,11 @@ impl<P: FnMut(&ImportProgress) + Send> Run<P> {
                 self.arrived(next, outcome);
             }
         }
+        for target in std::mem::take(&mut self.left_alone) {
+            // An entity learns with its next message which commits are durable, and keeps their decoded events until then. In the order
+            // of an export there is none for long: half a gigabyte for a third of a million events.
+            let _ = target.handle.opener().await;
+        }
         self.go_on()
     }
 
@@ -762,7 +785,9 @@ impl<P: FnMut(&ImportProgress) + Send> Run<P> {
     fn arrived(&mut self, commit: OnTheWay, outcome: Result<Written, AppendError>) {
         let OnTheWay { line, events, bytes, target, .. } = commit;
         self.on_the_way_bytes -= bytes;
-        target.on_the_way.fetch_sub(1, Relaxed);
+        if target.arrived() {
+            self.left_alone.push(target);
+        }
         match outcome {
             Ok(Written::Repeated(..)) => self.repeated(events),
             Ok(Written::Committed(_) | Written::Rejected) => {

@@ -1,7 +1,7 @@
 //! The tables, and how a file is made.
 //!
 //! Invariants:
-//! - `PRAGMA user_version` is the format. A file of a newer format is refused; there is no older one yet.
+//! - `PRAGMA user_version` is the format. A file of another one is refused. Format 1 was never released: it had another index of append keys.
 //! - The whole schema of a new file is one transaction, so that a crash leaves a file with it or without it.
 
 use sqlx::{Row, SqliteConnection};
@@ -9,7 +9,7 @@ use sqlx::{Row, SqliteConnection};
 use crate::DiskId;
 
 /// The newest file format known here.
-pub const FORMAT: u32 = 1;
+pub const FORMAT: u32 = 2;
 
 /// What a database is for. Stored in it, so that files cannot be mixed up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -150,8 +150,8 @@ pub(crate) async fn create(connection: &mut SqliteConnection, role: Role, disk_i
         .bind(role.to_text())
         .execute(&mut *connection)
         .await?;
-    // 1, the only format so far. A pragma takes no parameters.
-    sqlx::query("PRAGMA user_version = 1").execute(connection).await?;
+    // FORMAT. A pragma takes no parameters.
+    sqlx::query("PRAGMA user_version = 2").execute(connection).await?;
     Ok(())
 }
 
@@ -163,6 +163,9 @@ pub(crate) async fn check(connection: &mut SqliteConnection, role: Role, disk_id
     }
     if format == 0 {
         return Err(Misfit::Foreign("it is not a database of Kuma".to_owned()));
+    }
+    if format < FORMAT {
+        return Err(Misfit::Foreign(format!("its format {format} was never released; make the store anew")));
     }
     let row = sqlx::query("SELECT disk_id, role FROM meta WHERE one = 1").fetch_one(connection).await?;
     let found: Vec<u8> = row.try_get(0)?;
