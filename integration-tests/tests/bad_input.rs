@@ -8,6 +8,10 @@ use std::{
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     process::Command,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
 };
 
 use common::{Files, Ledger, assert_clean, directory, entered, read_files, sentence, write_files};
@@ -300,6 +304,33 @@ async fn a_second_user_of_the_directory_is_told_who_has_it() {
     fixture.unharmed().await;
 }
 
+/// A process that is being started has a copy of every open file for a moment, that of the lock included.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_start_that_is_refused_lets_go_of_the_directory_also_while_processes_are_started() {
+    let fixture = Fixture::new().await;
+    let path = fixture.path();
+    let done = Arc::new(AtomicBool::new(false));
+    let starter = std::thread::spawn({
+        let done = done.clone();
+        move || {
+            while !done.load(Relaxed) {
+                assert!(Command::new("true").status().unwrap().success());
+            }
+        }
+    });
+    let mut refused = Vec::new();
+    for _ in 0..25 {
+        assert!(Kuma::start(options(path).context("orders")).await.is_err());
+        match Kuma::start(options(path)).await {
+            Ok(kuma) => kuma.shutdown().await,
+            Err(error) => refused.push(error.to_string()),
+        }
+    }
+    done.store(true, Relaxed);
+    starter.join().unwrap();
+    assert!(refused.is_empty(), "{refused:?}");
+}
+
 fn replace(path: &Path, from: &str, to: &str) {
     let text = fs::read_to_string(path).unwrap();
     assert!(text.contains(from), "{text}");
@@ -318,15 +349,15 @@ async fn a_directory_of_a_newer_version_is_refused_and_left_alone() {
 
     for name in ["shard-001.db", "keys.db"] {
         let mut bytes = fs::read(path.join(name)).unwrap();
-        assert_eq!(bytes[60..64], [0, 0, 0, 1], "the user version of SQLite's header");
-        bytes[63] = 2;
+        assert_eq!(bytes[60..64], [0, 0, 0, 2], "the user version of SQLite's header");
+        bytes[63] = 3;
         fs::write(path.join(name), bytes).unwrap();
         let (error, words) = fixture.refused(options(path)).await;
-        assert!(matches!(error, StartError::Open(OpenError::Newer { found: 2, supported: 1, .. })), "{error:?}");
+        assert!(matches!(error, StartError::Open(OpenError::Newer { found: 3, supported: 2, .. })), "{error:?}");
         assert_eq!(
             words,
             format!(
-                "[dir]/{name} has format 2, this version of Kuma reads up to 1; use the newer version, nothing was changed"
+                "[dir]/{name} has format 3, this version of Kuma reads up to 2; use the newer version, nothing was changed"
             )
         );
         fixture.restore();

@@ -20,7 +20,7 @@ use std::{
     time::Duration,
 };
 
-use common::{Ledger, OnDisk, assert_clean, directory, entered, start, until};
+use common::{Account, Ledger, OnDisk, assert_clean, directory, entered, start, until};
 use kuma_core::{
     AppendError, ImportError, ImportProblem, ImportProgress, ImportReport, Kuma, LineProblem, Manifest, NewEvent,
     Options, Refused, Version,
@@ -669,6 +669,30 @@ async fn after_a_version_conflict_on_the_way_none_of_its_entity_is_there() {
     kuma.shutdown().await;
 }
 
+/// No version says that something is missing: that the one before it failed is all that keeps a commit from being written.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn after_a_commit_that_failed_on_the_way_none_of_its_entity_is_there() {
+    let dir = directory();
+    let kuma = start(dir.path(), 2).await;
+    kuma.register::<Account>().unwrap();
+    let of = |id: u64, event: &str, data: Value| {
+        json!({"kind": "account", "id": format!("{id}"), "type": event, "data": data}).to_string()
+    };
+    let mut lines: Vec<String> = (0..600).map(|n| of(n % 3, "Deposited", json!({"amount": 1}))).collect();
+    lines[301] = of(1, "Poisoned", Value::Null);
+    let error = import(&kuma, "f", lines.join("\n")).await.unwrap_err();
+    assert!(matches!(error.reason, ImportProblem::Refused(Refused::ApplyPanicked { .. })), "{error}");
+    assert_eq!(error.line, 302);
+    assert_eq!(kuma.entity::<Account>("1").read().await.unwrap().balance, 100);
+    lines[301] = of(1, "Deposited", json!({"amount": 1000}));
+    let report = import(&kuma, "f", lines.join("\n")).await.unwrap();
+    assert_eq!((report.events, report.repeated_events), (600, error.report.events));
+    for (id, balance) in [(0, 200), (1, 1199), (2, 200)] {
+        assert_eq!(kuma.entity::<Account>(format!("{id}")).read().await.unwrap().balance, balance);
+    }
+    kuma.shutdown().await;
+}
+
 /// Gives its bytes, and then something else.
 struct Then<'a, R> {
     bytes: &'a [u8],
@@ -688,7 +712,7 @@ impl<R: FnMut() -> Poll<io::Result<()>> + Unpin> AsyncRead for Then<'_, R> {
 }
 
 impl<'a, R: FnMut() -> Poll<io::Result<()>> + Unpin + Send> Then<'a, R> {
-    fn new(bytes: &'a [u8], then: R) -> impl AsyncBufRead + Unpin + Send + use<'a, R> {
+    fn reader(bytes: &'a [u8], then: R) -> impl AsyncBufRead + Unpin + Send + use<'a, R> {
         tokio::io::BufReader::new(Then { bytes, then })
     }
 }
@@ -698,7 +722,7 @@ async fn a_reader_that_fails_is_named_with_its_line_and_what_was_read_is_there()
     let dir = directory();
     let kuma = start(dir.path(), 1).await;
     let file: String = (0..500).map(|n| line("a", "Was", json!({"n": n})) + "\n").collect();
-    let reader = Then::new(file.as_bytes(), || Poll::Ready(Err(io::ErrorKind::ConnectionReset.into())));
+    let reader = Then::reader(file.as_bytes(), || Poll::Ready(Err(io::ErrorKind::ConnectionReset.into())));
     let error = kuma.import("f").run(reader, |_| {}).await.unwrap_err();
     assert!(matches!(&error.reason, ImportProblem::Read(cause) if cause.kind() == io::ErrorKind::ConnectionReset));
     assert_eq!((error.line, error.report.events), (501, 500));

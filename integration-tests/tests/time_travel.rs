@@ -12,10 +12,14 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use common::{Account, Ledger, OnDisk, assert_clean, deposited, directory, entered, start, until, withdraw};
+use common::{
+    Account, Ledger, OnDisk, assert_clean, deposited, directory, entered, read_files, start, until, withdraw,
+    write_files,
+};
 use futures_util::{StreamExt, TryStreamExt, future::try_join_all};
 use kuma_core::{
-    Direction, Durability, Handle, Kuma, Metadata, NewEvent, Options, ReadError, Refused, Unavailable, Version,
+    Direction, Durability, Handle, Kuma, Metadata, NewEvent, Options, ReadError, Refused, ReplayError, Unavailable,
+    Version,
 };
 use serde_json::json;
 
@@ -355,6 +359,44 @@ async fn a_history_that_outlives_its_store_ends_with_a_typed_error() {
     assert!(rest[..rest.len() - 1].iter().all(Result::is_ok), "what was read already is told");
     let none: Vec<Result<_, ReadError>> = unread.collect().await;
     assert!(matches!(none[..], [Err(ReadError::Unavailable(Unavailable::ShuttingDown))]), "{none:?}");
+}
+
+/// Pages end at different commits in either direction; a commit that is missing there was once passed over in silence.
+#[tokio::test]
+async fn a_commit_that_is_missing_is_an_error_in_either_direction_wherever_it_was() {
+    const COMMITS: u64 = 60;
+    let dir = directory();
+    let kuma = start(dir.path(), 1).await;
+    let ledger = kuma.entity::<Ledger>("l-1");
+    for commit in 0..COMMITS {
+        ledger.append_all([entered(2 * commit), entered(2 * commit + 1)]).await.unwrap();
+    }
+    kuma.shutdown().await;
+    let files = read_files(dir.path());
+    // The newest one is only known by the digest, which `verify` compares.
+    for missing in 0..COMMITS - 1 {
+        write_files(dir.path(), &files);
+        let file = rusqlite::Connection::open(dir.path().join("shard-000.db")).unwrap();
+        let deleted = file.execute("DELETE FROM log_index WHERE version = ?", [2 * missing as i64 + 1]).unwrap();
+        file.close().unwrap();
+        assert_eq!(deleted, 1);
+        let kuma = start(dir.path(), 1).await;
+        let ledger = kuma.entity::<Ledger>("l-1");
+        for direction in [Direction::Forward, Direction::Backward] {
+            let all: Vec<Result<_, ReadError>> = ledger.history(.., direction).collect().await;
+            let (last, before) = all.split_last().unwrap();
+            assert!(
+                matches!(
+                    last,
+                    Err(ReadError::Unavailable(Unavailable::Unreadable { cause: ReplayError::Gap { .. }, .. }))
+                ),
+                "{missing} {direction:?}: {last:?}"
+            );
+            assert!(before.iter().all(Result::is_ok));
+        }
+        assert!(ledger.read().await.is_err() && ledger.at_version(Version(2 * COMMITS)).await.is_err(), "{missing}");
+        kuma.shutdown().await;
+    }
 }
 
 // ---- differences

@@ -135,7 +135,7 @@ pub struct ImportError {
     /// What was wrong with it.
     pub reason: ImportProblem,
     /// What is durable all the same.
-    pub report: ImportReport,
+    pub report: Box<ImportReport>,
 }
 
 impl fmt::Display for ImportError {
@@ -358,7 +358,7 @@ impl Import {
         let bytes = self.source.len();
         if bytes == 0 || bytes > SOURCE_BYTES_MAX {
             let reason = ImportProblem::Source { bytes, bytes_max: SOURCE_BYTES_MAX };
-            return Err(ImportError { line: 0, reason, report: ImportReport::default() });
+            return Err(ImportError { line: 0, reason, report: Box::default() });
         }
         let mut lines = Lines::new(reader, LINE_BYTES_MAX);
         let mut run = Run::new(self, progress);
@@ -825,7 +825,7 @@ impl<P: FnMut(&ImportProgress) + Send> Run<P> {
             truncated: self.truncated,
         };
         match self.failed {
-            Some((line, reason)) => Err(ImportError { line, reason, report }),
+            Some((line, reason)) => Err(ImportError { line, reason, report: Box::new(report) }),
             None => Ok(report),
         }
     }

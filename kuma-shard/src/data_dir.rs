@@ -114,7 +114,21 @@ pub struct DataDir {
     store: StoreFile,
     disk_id: DiskId,
     /// Held for as long as the directory is in use.
-    lock: File,
+    lock: Lock,
+}
+
+/// The lock of a data directory.
+///
+/// Given back by name, not only by closing the file: a child process that is being started at this moment, by whatever part of the
+/// service, has a copy of the descriptor until it runs its own program, and would keep the lock until then.
+#[derive(Debug)]
+struct Lock(File);
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        // Closing follows in any case.
+        let _ = self.0.unlock();
+    }
 }
 
 impl DataDir {
@@ -189,7 +203,7 @@ impl DataDir {
 
     /// Lets another process have the directory, although this value is still held: all files in it are closed.
     pub fn release(&self) {
-        if let Err(error) = self.lock.unlock() {
+        if let Err(error) = self.lock.0.unlock() {
             tracing::warn!(path = %self.path.display(), %error, "the data directory stays locked until the store's last handle is gone");
         }
     }
@@ -241,24 +255,23 @@ fn parse(store_path: &Path, path: &Path, bytes: &[u8]) -> Result<(StoreFile, Dis
     Ok((store, DiskId(disk_id)))
 }
 
-fn lock(path: &Path) -> Result<File, DataDirError> {
+fn lock(path: &Path) -> Result<Lock, DataDirError> {
     let lock_path = path.join(LOCK_FILE);
     let fail = |error| directory_error(&lock_path, error);
-    let mut file =
-        OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&lock_path).map_err(fail)?;
-    match file.try_lock() {
-        Ok(()) => {}
+    let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&lock_path).map_err(fail)?;
+    let lock = match file.try_lock() {
+        Ok(()) => Lock(file),
         Err(fs::TryLockError::WouldBlock) => {
             let holder = fs::read_to_string(&lock_path).ok().filter(|text| !text.trim().is_empty());
             let holder = holder.map(|pid| format!(" (process {})", pid.trim())).unwrap_or_default();
             return Err(DataDirError::InUse { path: path.to_owned(), holder });
         }
         Err(fs::TryLockError::Error(error)) => return Err(fail(error).into()),
-    }
+    };
     // For the message of whoever comes second; the lock itself does not depend on it.
-    let written = file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id()));
+    let written = lock.0.set_len(0).and_then(|()| writeln!(&lock.0, "{}", std::process::id()));
     written.map_err(fail)?;
-    Ok(file)
+    Ok(lock)
 }
 
 /// Makes the directory and its missing parents, and syncs the parent of each: a database in a directory whose own entry was never
