@@ -503,10 +503,11 @@ async fn a_retry_of_what_fails_in_flight_happens_itself_once() {
         on.disk.fail_nth(Fault::Sync, 1, Errno::Io);
         let original = ledger.append(entered(1)).idempotency_key("key").submit().await.unwrap();
         on.until_syncing().await;
-        let retries: Vec<Pending> = join_all((0..5).map(|_| async {
-            on.kuma.entity::<Ledger>("l-1").append(entered(1)).idempotency_key("key").submit().await.unwrap()
-        }))
-        .await;
+        let mut retries = Vec::new();
+        for _ in 0..5 {
+            let ledger = on.kuma.entity::<Ledger>("l-1");
+            retries.push(ledger.append(entered(1)).idempotency_key("key").submit().await.unwrap());
+        }
         let failed = original.await.unwrap_err();
         assert!(matches!(&failed, AppendError::Unavailable(Unavailable::NotWritten { .. })), "{failed:?}");
         on.disk.sync_takes(Duration::ZERO);

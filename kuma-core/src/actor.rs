@@ -72,6 +72,8 @@ pub(crate) enum EntityMessage {
     Read { after_appends: bool, reply: oneshot::Sender<Result<Durable, ReadError>> },
     /// What it takes to read the entity's stored events; none if it has none.
     Open { reply: oneshot::Sender<Result<Option<Opener>, ReadError>> },
+    /// Publish what became durable, for the memory that it takes until then.
+    Publish,
     /// What became of the request with this idempotency key.
     Outcome { key: Box<[u8]>, reply: oneshot::Sender<Result<Outcome, ReadError>> },
 }
@@ -86,6 +88,7 @@ impl EntityMessage {
             EntityMessage::Read { reply, .. } => drop(reply.send(Err(error))),
             EntityMessage::Open { reply } => drop(reply.send(Err(error))),
             EntityMessage::Outcome { reply, .. } => drop(reply.send(Err(error))),
+            EntityMessage::Publish => {}
         }
     }
 }
@@ -155,6 +158,13 @@ impl Actor for EntityActor {
         message: EntityMessage,
         state: &mut EntityState,
     ) -> Result<(), ActorProcessingErr> {
+        if matches!(message, EntityMessage::Publish) {
+            // Nobody uses the entity, and nothing is to be brought into memory for it.
+            if state.loaded.is_some() {
+                state.is_loaded();
+            }
+            return Ok(());
+        }
         state.view.usage.touch(&state.core.clock);
         if let Some(wait) = state.take(&me, message) {
             Box::pin(state.take_after(&me, wait)).await;
@@ -212,6 +222,7 @@ impl EntityState {
                 let _ = reply.send(Ok(loaded.opener.as_ref().map(Opener::share)));
                 None
             }
+            EntityMessage::Publish => None,
             EntityMessage::Outcome { key, reply } => {
                 let key = loaded.opener.as_ref().map(|opener| opener.append_key(&key));
                 let outcome = match key {

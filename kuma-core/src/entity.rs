@@ -142,7 +142,7 @@ impl RecordedEvent {
     }
 }
 
-/// What a caller wants to be kept beside the events of an append. Sealed with them.
+/// What a caller wants to be kept beside the events of an append, at most 64 KiB. Sealed with them.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Metadata {
     /// Names the business transaction that the append is part of.
@@ -154,4 +154,13 @@ pub struct Metadata {
     /// Anything else.
     #[serde(rename = "h", default, skip_serializing_if = "Vec::is_empty")]
     pub headers: Vec<(String, String)>,
+}
+
+impl Metadata {
+    /// About how many bytes it takes, in memory and stored.
+    pub(crate) fn bytes(&self) -> usize {
+        let text = |text: &Option<String>| text.as_ref().map_or(0, String::len);
+        let headers: usize = self.headers.iter().map(|(name, value)| name.len() + value.len() + 8).sum();
+        text(&self.correlation) + text(&self.causation) + headers
+    }
 }

@@ -47,6 +47,14 @@ pub enum Refused {
         /// The limit.
         bytes_max: usize,
     },
+    /// The metadata is too large.
+    #[error("the metadata has {bytes} bytes, the limit is {bytes_max}; keep large content in an event")]
+    MetadataTooLarge {
+        /// Its size.
+        bytes: usize,
+        /// The limit.
+        bytes_max: usize,
+    },
     /// Too many events.
     #[error("the append has more than {events_max} events; split it")]
     TooManyEvents {

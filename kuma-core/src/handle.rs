@@ -41,6 +41,8 @@ use crate::{
 
 /// How often a request looks for an entity that keeps leaving before it gives up.
 const ROUTES_MAX: usize = 100;
+/// Metadata says where an append came from; it is no place for content.
+const METADATA_BYTES_MAX: usize = 64 << 10;
 /// What an append takes beside its events while it waits.
 const APPEND_BYTES: usize = 512;
 /// What an overloaded caller is told to wait.
@@ -452,6 +454,10 @@ impl RawHandle {
         let Who { identity, .. } = self.who()?;
         let core = self.store.core(identity)?;
         let entity = identity.hash;
+        let metadata_bytes = metadata.as_ref().map_or(0, Metadata::bytes);
+        if metadata_bytes > METADATA_BYTES_MAX {
+            return Err(Refused::MetadataTooLarge { bytes: metadata_bytes, bytes_max: METADATA_BYTES_MAX }.into());
+        }
         let (bytes, events) = match &content {
             Content::Events(events, _) => (events.bytes, Some(events.count)),
             // What it decides is added once it is known.
@@ -462,7 +468,7 @@ impl RawHandle {
             result = tracing::field::Empty,
         );
         let overloaded = |place: String| Unavailable::Overloaded { place, retry_after: RETRY_AFTER };
-        let shard_room = core.shard.budget().take(bytes + APPEND_BYTES);
+        let shard_room = core.shard.budget().take(bytes + metadata_bytes + APPEND_BYTES);
         let shard_room = shard_room.ok_or_else(|| overloaded(format!("for shard {}", core.shard.number())))?;
         let mut live = self.route(core).instrument(span.clone()).await?;
         let entity_room = live.appends.take(1).ok_or_else(|| overloaded(format!("for entity {entity}")))?;

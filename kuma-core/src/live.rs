@@ -55,6 +55,14 @@ impl Live {
     }
 }
 
+impl Live {
+    /// Whether nothing durable waits to be published.
+    pub(crate) fn is_published(&self) -> bool {
+        let published = self.view.published.lock();
+        published.as_ref().is_none_or(|now| now.activation.committed() <= now.durable.version.0)
+    }
+}
+
 /// What the memory budget needs to know of an entity.
 #[derive(Debug, Default)]
 pub(crate) struct Usage {

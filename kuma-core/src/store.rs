@@ -44,6 +44,9 @@ pub(crate) struct Inner {
     pub(crate) kinds: RwLock<HashMap<String, Arc<dyn Kind>>>,
 }
 
+/// Kinds that are remembered. A store has a few; beyond this somebody makes them up, and each is a document of its own.
+const KINDS_MAX: usize = 4096;
+
 /// A shard, or why it is out of use.
 enum ShardSlot {
     Open(Arc<ShardCore>),
@@ -421,7 +424,11 @@ impl Inner {
             return Ok(kind.clone());
         }
         crate::identity::check_kind(name)?;
-        Ok(self.kinds.write().entry(name.to_owned()).or_insert_with(|| Arc::new(DocumentKind::new(name))).clone())
+        let mut kinds = self.kinds.write();
+        if kinds.len() >= KINDS_MAX && !kinds.contains_key(name) {
+            return Ok(Arc::new(DocumentKind::new(name)));
+        }
+        Ok(kinds.entry(name.to_owned()).or_insert_with(|| Arc::new(DocumentKind::new(name))).clone())
     }
 }
 

@@ -19,7 +19,7 @@ use tokio::sync::oneshot;
 
 use crate::{
     Unavailable,
-    actor::{EntityActor, EntityState},
+    actor::{EntityActor, EntityMessage, EntityState},
     identity::Identity,
     kind::Kind,
     live::{ENTITY_BYTES, Live, Usage, View},
@@ -244,10 +244,25 @@ impl SupervisorState {
     }
 
     fn sweep(&mut self) {
+        self.publish_bursts();
         let oldest = self.core.clock.now_ms().saturating_sub(self.core.settings.idle_ms);
         let idle = self.live_entities(|usage| usage.used_at_ms() < oldest);
         idle.into_iter().for_each(|(_, entity, _)| self.leave(entity));
         self.keep_budget();
+    }
+
+    /// An entity learns what became durable with its next message. Whoever gets none after a burst would keep the burst's events in
+    /// memory until it leaves.
+    fn publish_bursts(&self) {
+        let behind = |entry: &Entry| match entry {
+            Entry::Live(live) => (!live.is_published()).then(|| live.actor.clone()),
+            Entry::Leaving(_) => None,
+        };
+        let behind: Vec<_> = self.core.directory.lock().values().filter_map(behind).collect();
+        for actor in behind {
+            // One that has left has nothing to publish.
+            let _ = actor.cast(EntityMessage::Publish);
+        }
     }
 
     /// Lets the least recently used entities go, down to nine tenths of the budget, so that not every activation has to look.
