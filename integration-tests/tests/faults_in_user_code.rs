@@ -4,7 +4,7 @@
 mod common;
 
 use std::{
-    sync::atomic::{AtomicBool, Ordering::Relaxed},
+    sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
     time::Duration,
 };
 
@@ -23,6 +23,7 @@ macro_rules! faulty_kind {
 
             pub(super) static APPLY: AtomicBool = AtomicBool::new(false);
             pub(super) static CLONE: AtomicBool = AtomicBool::new(false);
+            pub(super) static CLONES: AtomicUsize = AtomicUsize::new(0);
             pub(super) static DEFAULT: AtomicBool = AtomicBool::new(false);
             pub(super) static DECODE: AtomicBool = AtomicBool::new(false);
             pub(super) static MEMORY: AtomicBool = AtomicBool::new(false);
@@ -41,6 +42,7 @@ macro_rules! faulty_kind {
 
             impl Clone for Faulty {
                 fn clone(&self) -> Self {
+                    CLONES.fetch_add(1, Relaxed);
                     assert!(!CLONE.load(Relaxed), "the clone panics, as told");
                     Faulty { entries: self.entries.clone() }
                 }
@@ -220,6 +222,34 @@ async fn a_clone_that_panics_after_the_commit_does_not_deny_the_commit() {
     assert_eq!(held.entries, [1]);
     CLONE.store(false, Relaxed);
     assert_eq!(faulty.append(FaultyEvent::Good(3)).await.unwrap(), Version(3));
+    assert_clean(&kuma).await;
+}
+
+faulty_kind!(on_late_publish, "faulty-late-publish");
+
+/// The same where nobody uses the entity after the burst, so that it publishes by itself.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_clone_that_panics_when_an_entity_publishes_by_itself_leaves_it_readable() {
+    use on_late_publish::{CLONE, CLONES, Faulty, FaultyEvent};
+    let dir = directory();
+    // It looks after its entities every 100 ms.
+    let kuma = Kuma::start(Options::new(dir.path()).shards(1).idle_timeout(Duration::from_millis(400))).await.unwrap();
+    for round in 0..5 {
+        let faulty = kuma.entity::<Faulty>(format!("f-{round}"));
+        faulty.append(FaultyEvent::Good(1)).await.unwrap();
+        let held = faulty.read().await.unwrap();
+        assert_eq!(faulty.append(FaultyEvent::Good(2)).await.unwrap(), Version(2));
+        let clones = CLONES.load(Relaxed);
+        CLONE.store(true, Relaxed);
+        until("it publishes, or leaves", async || CLONES.load(Relaxed) > clones || kuma.stats().live_entities() == 0)
+            .await;
+        CLONE.store(false, Relaxed);
+        for _ in 0..3 {
+            assert_eq!(faulty.read().await.unwrap().entries, [1, 2], "round {round}");
+        }
+        assert_eq!(held.entries, [1]);
+        assert_eq!(faulty.append(FaultyEvent::Good(3)).await.unwrap(), Version(3));
+    }
     assert_clean(&kuma).await;
 }
 

@@ -11,7 +11,7 @@ use std::{
     path::Path,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering::SeqCst},
+        atomic::{AtomicBool, AtomicU64, Ordering::SeqCst},
     },
     time::{Duration, Instant},
 };
@@ -331,6 +331,65 @@ async fn wherever_the_power_goes_a_retry_happens_once() {
         assert!(n < 100, "the power never stays");
     }
     template.kuma.shutdown().await;
+}
+
+/// Everyone is answered, and what they are told is still true when the store is opened again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_shutdown_answers_every_request_and_its_retry() {
+    for round in 0..6 {
+        let on = OnDisk::new().await;
+        let account = on.kuma.entity::<Account>("a-1");
+        account.append(deposited(10_000)).await.unwrap();
+        on.disk.sync_takes(Duration::from_millis(2));
+        let answered = Arc::new(AtomicU64::new(0));
+        let tasks = (0..6_u64).map(|task| {
+            let (kuma, answered) = (on.kuma.clone(), answered.clone());
+            tokio::spawn(async move {
+                let mut told = Vec::new();
+                for number in task * 10..(task + 1) * 10 {
+                    // Three times each, under one key.
+                    let send = async || {
+                        let account = kuma.entity::<Account>("a-1");
+                        account.execute(withdraw(number as i64)).idempotency_key(number.to_le_bytes()).await
+                    };
+                    let outcomes: [_; 3] = tokio::join!(send(), send(), send()).into();
+                    answered.fetch_add(1, SeqCst);
+                    told.extend(outcomes.map(|outcome| (number, outcome)));
+                }
+                told
+            })
+        });
+        let tasks: Vec<_> = tasks.collect();
+        until("some are answered", async || answered.load(SeqCst) >= 5 * round).await;
+        on.kuma.shutdown().await;
+        let told = tokio::time::timeout(Duration::from_secs(20), try_join_all(tasks)).await;
+        let told = told.expect("somebody is never answered").unwrap().into_iter().flatten();
+        let on = OnDisk::in_directory(on.dir).await;
+        let account = on.kuma.entity::<Account>("a-1");
+        let (mut done, mut not_done) = (0, 0);
+        for (number, outcome) in told {
+            let there = account.outcome(number.to_le_bytes()).await.unwrap();
+            match outcome {
+                // Nothing to do is not remembered.
+                Ok(_) if number == 0 => {}
+                Ok(executed) => {
+                    assert_eq!(there, Outcome::Committed(executed.version()), "round {round}: {number}");
+                    done += 1;
+                }
+                Err(error) => {
+                    let error = refused::<(), _>(Err(error));
+                    assert!(matches!(error, AppendError::Unavailable(_)), "round {round}: {number}: {error:?}");
+                    not_done += 1;
+                }
+            }
+        }
+        println!("round {round}: {done} done, {not_done} refused");
+        for number in 0..60_u64 {
+            account.execute(withdraw(number as i64)).idempotency_key(number.to_le_bytes()).await.unwrap();
+        }
+        assert_eq!(account.read().await.unwrap().balance, 10_000 - (0..60).sum::<i64>(), "round {round}");
+        on.kuma.shutdown().await;
+    }
 }
 
 // ---- other content
@@ -875,6 +934,35 @@ async fn a_sequence_ends_with_a_disk_that_fails() {
         assert_clean(&on.kuma).await;
         on.kuma.shutdown().await;
     }
+}
+
+/// The first append to an entity needs a data key, which is stored in a file of its own.
+#[tokio::test]
+async fn a_sequence_ends_with_a_data_key_that_cannot_be_stored() {
+    let on = OnDisk::new().await;
+    on.disk.only_files_matching(|path| path.to_string_lossy().ends_with("keys.db-wal"));
+    on.disk.fail_nth(Fault::Sync, 1, Errno::Io);
+    let ledger = on.kuma.entity::<Ledger>("l-1");
+    let sequence = Sequence::new();
+    let mut submitted = Vec::new();
+    for number in 0..4 {
+        let append = ledger.append(entered(number)).idempotency_key(number.to_le_bytes()).in_sequence(&sequence);
+        submitted.push(append.submit().await);
+    }
+    let outcomes = join_all(submitted.into_iter().map(outcome)).await;
+    assert!(matches!(outcomes[0], Err(AppendError::Unavailable(Unavailable::NoKey { .. }))), "{outcomes:?}");
+    assert!(outcomes[1..].iter().all(is_broken), "{outcomes:?}");
+    let account = on.kuma.entity::<Account>("a-1");
+    let done = eventually("the keys can be stored again", SOON, async || {
+        let done = ledger.append(entered(0)).idempotency_key(0_u64.to_le_bytes()).await;
+        assert!(done.as_ref().err().is_none_or(AppendError::is_retry_safe), "{done:?}");
+        account.append(deposited(1)).await.ok()?;
+        done.ok()
+    })
+    .await;
+    assert_eq!((done, entries(&ledger).await), (Version(1), vec![0]));
+    assert_clean(&on.kuma).await;
+    on.kuma.shutdown().await;
 }
 
 /// A key that is in flight already, for something else: that this append is refused is known only later.

@@ -159,9 +159,9 @@ impl Actor for EntityActor {
         state: &mut EntityState,
     ) -> Result<(), ActorProcessingErr> {
         if matches!(message, EntityMessage::Publish) {
-            // Nobody uses the entity, and nothing is to be brought into memory for it.
-            if state.loaded.is_some() {
-                state.is_loaded();
+            // Nobody uses the entity, and nothing is to be brought into memory for it. Should that fail, nothing is to be left either.
+            if state.loaded.is_some() && !state.is_loaded() {
+                Box::pin(state.take_after(&me, Wait::Unload)).await;
             }
             return Ok(());
         }
