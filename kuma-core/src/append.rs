@@ -84,7 +84,9 @@ impl<'a> Append<'a> {
     /// refused ([`Refused::KeyReused`]). Keys are 1 to 256 bytes, unique within the entity, and kept as long as its events are (as a
     /// keyed hash).
     ///
-    /// Metadata and the expected version may differ between attempts; those of the first one stay.
+    /// Metadata and the expected version may differ between attempts; those of the first one stay. Events are compared as they are
+    /// encoded: one with a field that has no fixed order (a `HashMap`) should have a `BTreeMap` instead, and a retry of a request that
+    /// was sent before [`Entity::SCHEMA`](crate::Entity::SCHEMA) was raised is refused, not doubled.
     pub fn idempotency_key(mut self, key: impl AsRef<[u8]>) -> Self {
         if let Ok((events, _)) = &self.prepared {
             match RetryKey::new(key.as_ref(), retry::fingerprint_of_events(events.items())) {

@@ -17,7 +17,7 @@ use parking_lot::RwLock;
 use crate::append_keys::AppendKeys;
 
 /// The tail is written to the indexes when it has this many rows. More save more pages when many entities are written to; writing them
-/// is some 10 ms in which nothing else is committed, with append keys among millions of them up to some 80 ms.
+/// is some 10 ms in which nothing else is committed, with append keys among millions of them up to some 125 ms on a busy machine.
 pub(crate) const TAIL_ROWS_MAX: usize = 8192;
 
 /// Where a commit stands.
