@@ -286,7 +286,7 @@ async fn a_second_user_of_the_directory_is_told_who_has_it() {
     let kuma = fixture.start().await;
     let error = Kuma::start(options(path)).await.map(|_| ()).unwrap_err();
     assert!(matches!(error, StartError::DataDir(DataDirError::InUse { .. })), "{error:?}");
-    assert_snapshot!(sentence(&error, path), @"[dir] is in use by another process (process [pid]); stop that one first, or choose another data directory");
+    assert_snapshot!(sentence(&error, path), @"[dir] is in use by this very process, or by a store of it that was dropped and is still closing; call `shutdown` on that one first, or choose another data directory");
 
     let child = Command::new(std::env::current_exe().unwrap())
         .args(["--exact", "as_the_second_process", "--nocapture"])
@@ -295,7 +295,13 @@ async fn a_second_user_of_the_directory_is_told_who_has_it() {
         .unwrap();
     let said = String::from_utf8(child.stdout).unwrap();
     let answer = said.lines().find_map(|line| line.split_once("answer: ")).unwrap().1;
-    assert_eq!(answer, error.to_string());
+    let (path, pid) = (path.display(), std::process::id());
+    assert_eq!(
+        answer,
+        format!(
+            "{path} is in use by another process (process {pid}); stop that one first, or choose another data directory"
+        )
+    );
 
     // The first one did not notice.
     unharmed(&kuma, &fixture.events).await;

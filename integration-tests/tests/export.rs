@@ -457,22 +457,6 @@ async fn a_writer_that_fails_is_told_apart_from_a_store_that_cannot_be_read() {
     assert!(matches!(error, ExportError::Read(ReadError::Unavailable(Unavailable::ShuttingDown))), "{error}");
 }
 
-/// Metadata has no limit of its own; a line that can be imported has one.
-#[tokio::test]
-async fn an_event_that_no_import_would_read_is_named_and_not_written() {
-    let dir = directory();
-    let kuma = start(dir.path(), 1).await;
-    let order = kuma.raw("order", "secret");
-    let placed = || NewEvent::json("Placed", &json!({})).unwrap();
-    order.append(placed()).await.unwrap();
-    let metadata = Metadata { correlation: Some("secret".repeat(1_500_000)), ..Metadata::default() };
-    order.append(placed()).metadata(metadata).await.unwrap();
-    let error = order.export(&mut Vec::new()).await.unwrap_err();
-    assert!(matches!(error, ExportError::LineTooLong { version: Version(2), .. }), "{error}");
-    assert!(!error.to_string().contains("secret"));
-    kuma.shutdown().await;
-}
-
 /// A file that silently lacks what could not be read would be taken for a whole one.
 #[tokio::test]
 async fn damage_ends_the_export_and_is_named() {

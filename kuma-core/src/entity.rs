@@ -38,8 +38,8 @@ pub trait Entity: Default + Clone + Serialize + DeserializeOwned + Send + Sync +
     const SCHEMA: u32 = 1;
 
     /// The version of what [`Entity::apply`] makes of events. Raise it when the same events give another state than before: snapshots
-    /// of states that older code made are then ignored and made anew. A change of the state's own fields (as far as its default value
-    /// shows them) or of [`Entity::SCHEMA`] does that by itself.
+    /// of states that older code made are then ignored and made anew. A change of the state's type, at any depth, or of
+    /// [`Entity::SCHEMA`] does that by itself; what a hand-written `Deserialize` hides does not.
     const STATE_SCHEMA: u32 = 1;
 
     /// The facts. An enum in serde's default (externally tagged) form: a variant's name is the event's stored name.

@@ -83,6 +83,12 @@ pub enum Refused {
         /// Why.
         detail: String,
     },
+    /// The state has no JSON form.
+    #[error("the state has no JSON form: {detail}")]
+    NoJson {
+        /// Why, in serde's words.
+        detail: String,
+    },
     /// `apply` panicked. The state is as it was before.
     #[error("applying an event to entity {entity} panicked; nothing was written, mend the kind's `apply` or the event")]
     ApplyPanicked {
@@ -132,7 +138,9 @@ pub enum Refused {
         reason: String,
     },
     /// The kind is in use with another Rust type, or as a document.
-    #[error("the kind {kind} is in use with another type in this process; use one type for it")]
+    #[error(
+        "the kind {kind} is in use in this process with another type, or as a document without one; use one type for it, and make it known with `Kuma::register` before `Kuma::raw` or an import asks for the kind"
+    )]
     KindMismatch {
         /// The kind.
         kind: String,
@@ -257,9 +265,14 @@ impl AppendError {
         }
     }
 
-    /// Whether the same request can be repeated without any risk of doubling it, and with a chance.
+    /// Whether the same request can be repeated without any risk of doubling it, and with a chance. Not within a
+    /// [`Sequence`](crate::Sequence), which one failure breaks for good: begin a new one.
     pub fn is_retry_safe(&self) -> bool {
-        matches!(self, AppendError::Unavailable(_) | AppendError::Unknown { has_key: true, .. })
+        match self {
+            AppendError::Unavailable(Unavailable::SequenceBroken { .. }) | AppendError::Refused(_) => false,
+            AppendError::Unavailable(_) => true,
+            AppendError::Unknown { has_key, .. } => *has_key,
+        }
     }
 }
 

@@ -454,6 +454,9 @@ impl RawHandle {
         let Who { identity, .. } = self.who()?;
         let core = self.store.core(identity)?;
         let entity = identity.hash;
+        if link.as_ref().is_some_and(Link::is_broken) {
+            return Err(Unavailable::SequenceBroken { entity }.into());
+        }
         let metadata_bytes = metadata.as_ref().map_or(0, Metadata::bytes);
         if metadata_bytes > METADATA_BYTES_MAX {
             return Err(Refused::MetadataTooLarge { bytes: metadata_bytes, bytes_max: METADATA_BYTES_MAX }.into());
@@ -467,7 +470,10 @@ impl RawHandle {
             target: "kuma::append", "append", %entity, slot = %identity.slot, shard = core.shard.number(), events, bytes,
             result = tracing::field::Empty,
         );
-        let overloaded = |place: String| Unavailable::Overloaded { place, retry_after: RETRY_AFTER };
+        let overloaded = |place: String| {
+            core.metrics.overloaded.increment(1);
+            Unavailable::Overloaded { place, retry_after: RETRY_AFTER }
+        };
         let shard_room = core.shard.budget().take(bytes + metadata_bytes + APPEND_BYTES);
         let shard_room = shard_room.ok_or_else(|| overloaded(format!("for shard {}", core.shard.number())))?;
         let mut live = self.route(core).instrument(span.clone()).await?;
@@ -537,8 +543,7 @@ impl RawHandle {
 
     fn json(&self, Durable { state, version }: Durable) -> Result<(serde_json::Value, Version), ReadError> {
         let json = self.who()?.kind.json(&state);
-        let json =
-            json.map_err(|error| Refused::Undecodable { event: "the state".to_owned(), detail: error.to_string() })?;
+        let json = json.map_err(|error| Refused::NoJson { detail: error.to_string() })?;
         Ok((json, version))
     }
 

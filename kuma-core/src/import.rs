@@ -198,7 +198,9 @@ pub enum ImportProblem {
         bytes_max: usize,
     },
     /// The entity has moved on since the file was written.
-    #[error("its entity is at version {actual}, the file expects {expected}; nothing of its commit was written")]
+    #[error(
+        "its entity is at version {actual}, the file expects {expected}; nothing of its commit was written. If these lines were imported before, give the name of the source that they had then"
+    )]
     WrongVersion {
         /// The version before the commit's first event.
         expected: Version,

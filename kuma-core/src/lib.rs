@@ -66,6 +66,7 @@ mod sequence;
 mod shard_core;
 mod snapshot;
 mod snapshotter;
+mod state_shape;
 mod store;
 mod supervisor;
 #[cfg(any(test, feature = "testing"))]

@@ -40,6 +40,8 @@ pub(crate) struct CoreMetrics {
     rejected: Counter,
     refused: Counter,
     unavailable: Counter,
+    /// Counted where requests are admitted.
+    pub(crate) overloaded: Counter,
     unknown: Counter,
     write_seconds: Histogram,
     pub(crate) events: Counter,
@@ -77,6 +79,7 @@ impl CoreMetrics {
             rejected: write("rejected"),
             refused: write("refused"),
             unavailable: write("unavailable"),
+            overloaded: write("overloaded"),
             unknown: write("unknown"),
             write_seconds: histogram!("kuma_write_seconds", "store" => store()),
             events: counter!("kuma_events_total", "store" => store()),
@@ -144,5 +147,5 @@ fn describe() {
     describe_counter!("kuma_scrub_commits_total", "Commits read and verified in the background");
     describe_counter!("kuma_scrub_bytes_total", Unit::Bytes, "Bytes of commits read and verified in the background");
     describe_counter!("kuma_scrub_bad_rows_total", "Damaged rows that the scrub found");
-    describe_counter!("kuma_scrub_passes_total", "Times the scrub has been through a shard");
+    describe_counter!("kuma_scrub_passes_total", "Times the scrub has been through all shards");
 }

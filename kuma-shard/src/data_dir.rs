@@ -25,11 +25,11 @@ const LOCK_FILE: &str = "kuma.lock";
 #[non_exhaustive]
 pub enum DataDirError {
     /// Another process uses it.
-    #[error("{path} is in use by another process{holder}; stop that one first, or choose another data directory")]
+    #[error("{path} is in use by {holder}, or choose another data directory")]
     InUse {
         /// The directory.
         path: PathBuf,
-        /// " (process 1234)" where that is known.
+        /// By whom, as far as that is known, and what to do.
         holder: String,
     },
     /// It belongs to a store with another name.
@@ -263,7 +263,13 @@ fn lock(path: &Path) -> Result<Lock, DataDirError> {
         Ok(()) => Lock(file),
         Err(fs::TryLockError::WouldBlock) => {
             let holder = fs::read_to_string(&lock_path).ok().filter(|text| !text.trim().is_empty());
-            let holder = holder.map(|pid| format!(" (process {})", pid.trim())).unwrap_or_default();
+            let holder = match holder.as_deref().map(str::trim) {
+                Some(pid) if pid == std::process::id().to_string() => {
+                    "this very process, or by a store of it that was dropped and is still closing; call `shutdown` on that one first".to_owned()
+                }
+                Some(pid) => format!("another process (process {pid}); stop that one first"),
+                None => "another process; stop that one first".to_owned(),
+            };
             return Err(DataDirError::InUse { path: path.to_owned(), holder });
         }
         Err(fs::TryLockError::Error(error)) => return Err(fail(error).into()),
@@ -341,7 +347,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let _first = open(dir.path()).unwrap();
         let error = open(dir.path()).unwrap_err().to_string();
-        assert!(error.contains(&format!("(process {})", std::process::id())), "{error}");
+        assert!(error.contains("in use by this very process"), "{error}");
+        fs::write(dir.path().join(LOCK_FILE), "1234\n").unwrap();
+        let error = open(dir.path()).unwrap_err().to_string();
+        assert!(error.contains("in use by another process (process 1234)"), "{error}");
     }
 
     /// A store that was shut down kept its directory until its last handle was dropped.
