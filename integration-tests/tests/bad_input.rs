@@ -223,7 +223,7 @@ async fn what_could_not_be_read_back_is_not_written() {
     let deep = NewEvent::message_pack("Deep", [vec![0x91; 1_000_000], vec![1]].concat());
     assert_snapshot!(refusal(note.append(deep).await, path), @"an event of Deep cannot be stored: its data is nested more than 128 deep");
     assert_snapshot!(refusal(kuma.entity::<Nameless>("x").append(7).await, path), @"an event of nameless cannot be stored: events must be an externally tagged enum");
-    assert_snapshot!(refusal(kuma.entity::<Impostor>("l-1").append(ImpostorEvent::Forged).await, path), @"the kind ledger is in use with another type in this process; use one type for it");
+    assert_snapshot!(refusal(kuma.entity::<Impostor>("l-1").append(ImpostorEvent::Forged).await, path), @"the kind ledger is in use in this process with another type, or as a document without one; use one type for it, and make it known with `Kuma::register` before `Kuma::raw` or an import asks for the kind");
     unharmed(&kuma, &fixture.events).await;
     kuma.shutdown().await;
     drop((kuma, ledger, note));
