@@ -217,8 +217,14 @@ mod tests {
     fn a_change_of_the_states_fields_changes_its_schema() {
         let base = state_schema::<Base>();
         assert!(base.is_some());
-        let others =
-            [state_schema::<Renamed>(), state_schema::<Retyped>(), state_schema::<More>(), state_schema::<Raised>()];
+        let others = [
+            state_schema::<Reordered>(),
+            state_schema::<Smaller>(),
+            state_schema::<Renamed>(),
+            state_schema::<Retyped>(),
+            state_schema::<More>(),
+            state_schema::<Raised>(),
+        ];
         assert!(others.iter().all(|other| other.is_some() && *other != base));
     }
 
