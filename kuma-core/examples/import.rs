@@ -198,6 +198,9 @@ async fn import(kuma: &Kuma, path: &Path, source: &str) -> anyhow::Result<()> {
 fn print_report(report: &ImportReport, seconds: f64) {
     let entities = report.entities.map(|entities| format!(" of {} entities", thousands(entities))).unwrap_or_default();
     say(format_args!("the file has {} events{entities}", thousands(report.events)));
+    if report.events == 0 {
+        return;
+    }
     if report.repeated_events == report.events {
         say(format_args!("nothing was new: the store had all of it, which took {seconds:.2} s to see"));
     } else {

@@ -1,6 +1,10 @@
 //! What the actors of one shard share.
 
-use std::{collections::HashMap, sync::Arc, time::Instant};
+use std::{
+    collections::HashMap,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use kuma_shard::{Activation, EntityHash, Shard, Submission};
 use parking_lot::Mutex;
@@ -111,7 +115,11 @@ impl ShardCore {
         let failures = self.failures.lock();
         match failures.get(&entity).and_then(|failures| failures.quarantined(Instant::now())) {
             None => Ok(()),
-            Some((retry_after, why)) => Err(Unavailable::Quarantined { entity, why: why.to_owned(), retry_after }),
+            Some((left, why)) => {
+                // In whole seconds: it is for people.
+                let retry_after = Duration::from_secs(left.as_secs() + 1);
+                Err(Unavailable::Quarantined { entity, why: why.to_owned(), retry_after })
+            }
         }
     }
 

@@ -6,12 +6,15 @@
 //!
 //! Invariants:
 //! - The same code asks for the same things in the same order: the description is the same each time, in each process.
-//! - It ends: the depth and the number of answers are bounded. A type that refuses made-up input (because it checks it) is described as
-//!   far as it went.
+//! - It ends: the depth and the number of answers are bounded. A type that refuses made-up input (because it checks it), or panics on it,
+//!   is described as far as it went.
 //!
 //! Source of the idea: the crate `serde-reflection`, which does this for whole formats.
 
-use std::fmt::{self, Write};
+use std::{
+    fmt::{self, Write},
+    panic::{AssertUnwindSafe, catch_unwind},
+};
 
 use serde::{
     Deserializer,
@@ -26,14 +29,14 @@ const PASSES_MAX: usize = 64;
 const DEPTH_MAX: usize = 16;
 const ANSWERS_MAX: usize = 4096;
 
-/// Describes `T`. Runs its `Deserialize`, which may panic.
+/// Describes `T`. Runs its `Deserialize`.
 pub(crate) fn describe<T: DeserializeOwned>() -> String {
     let mut shape = String::new();
     let mut pass = 0;
     loop {
         let mut trace = Trace { shape: &mut shape, pass, variants_max: 1, depth: 0, answers: 0 };
         // What it made, or why it would not, does not matter.
-        let _ = T::deserialize(&mut trace);
+        let _ = catch_unwind(AssertUnwindSafe(|| drop(T::deserialize(&mut trace))));
         let variants_max = trace.variants_max;
         pass += 1;
         if pass >= variants_max.min(PASSES_MAX) {
@@ -353,6 +356,21 @@ mod tests {
         assert_eq!(shape, describe::<Tree>());
         assert!(shape.len() < 100 * ANSWERS_MAX);
         assert!(shape.starts_with("struct[\"value\", \"left\", \"right\", \"more\"]( i8 option( struct["));
+    }
+
+    struct Picky;
+
+    impl<'de> Deserialize<'de> for Picky {
+        fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+            let text = String::deserialize(deserializer)?;
+            assert!(!text.is_empty(), "it has to say something");
+            Ok(Picky)
+        }
+    }
+
+    #[test]
+    fn a_type_that_panics_on_made_up_input_is_described_as_far_as_it_goes() {
+        assert_eq!(describe::<(u8, Picky, u8)>(), "tuple3( u8 string ");
     }
 
     #[test]
