@@ -116,8 +116,8 @@ impl ShardCore {
         match failures.get(&entity).and_then(|failures| failures.quarantined(Instant::now())) {
             None => Ok(()),
             Some((left, why)) => {
-                // In whole seconds: it is for people.
-                let retry_after = Duration::from_secs(left.as_secs() + 1);
+                // In whole milliseconds: it is read by people too.
+                let retry_after = Duration::from_millis(left.as_millis() as u64 + 1);
                 Err(Unavailable::Quarantined { entity, why: why.to_owned(), retry_after })
             }
         }
