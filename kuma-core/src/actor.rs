@@ -699,10 +699,7 @@ fn original(
     with_events: bool,
 ) -> Result<Option<Option<Decoded>>, ReplayError> {
     let version = Version(row.version);
-    let undecodable = |event: String, detail: String| {
-        let kind = kind.name().to_string();
-        ReplayError::Undecodable { kind, event, version, detail }
-    };
+    let undecodable = |event, detail| ReplayError::undecodable(kind.name(), row.version, event, detail);
     let plaintext = opener.open(row)?;
     let body = Body::parse(&plaintext).map_err(|error| undecodable(String::new(), error.to_string()))?;
     if body.fingerprint.map(|stored| &**stored) != fingerprint.as_ref().map(Fingerprint::as_slice) {

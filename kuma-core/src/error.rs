@@ -347,6 +347,12 @@ pub enum ReplayError {
 }
 
 impl ReplayError {
+    /// Events of a kind, from `version` on, that its type cannot read.
+    pub(crate) fn undecodable(kind: &str, version: u64, event: String, detail: String) -> Self {
+        let (kind, version) = (kind.to_owned(), Version(version));
+        ReplayError::Undecodable { kind, event, version, detail }
+    }
+
     /// Whether the fault is the entity's own, so that it counts towards its quarantine; a closed file or a KMS that does not
     /// answer is nobody's fault.
     pub(crate) fn is_own_fault(&self) -> bool {

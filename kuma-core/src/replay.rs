@@ -414,10 +414,7 @@ fn fold(
     events_max: usize,
 ) -> Result<(), ReplayError> {
     let version = Version(row.version);
-    let undecodable = |event: String, detail: String| {
-        let kind = kind.name().to_string();
-        ReplayError::Undecodable { kind, event, version, detail }
-    };
+    let undecodable = |event, detail| ReplayError::undecodable(kind.name(), row.version, event, detail);
     let body = Body::parse(plaintext).map_err(|error| undecodable(String::new(), error.to_string()))?;
     if body.events.len() != row.count as usize {
         let detail = format!("{} events where the row has {}", body.events.len(), row.count);
