@@ -3,7 +3,10 @@
 
 mod common;
 
-use std::sync::Arc;
+use std::sync::{
+    Arc,
+    atomic::{AtomicI64, Ordering::Relaxed},
+};
 
 use common::{Ledger, assert_clean, directory, entered};
 use futures_util::future::{join_all, try_join_all};
@@ -109,6 +112,8 @@ impl Actor for Root {
 /// A shard of its own, without anything above it.
 struct Alone {
     shard: Shard,
+    /// The next one's number.
+    entities: AtomicI64,
     _data_dir: DataDir,
     _dir: tempfile::TempDir,
 }
@@ -129,17 +134,18 @@ async fn alone() -> Alone {
     Shard::create(&options).await.unwrap();
     let (root, _) = Actor::spawn(None, Root, ()).await.unwrap();
     let shard = Shard::open(&options, root.get_cell()).await.unwrap();
-    Alone { shard, _data_dir: data_dir, _dir: dir }
+    Alone { shard, entities: AtomicI64::new(1), _data_dir: data_dir, _dir: dir }
 }
 
 impl Alone {
     fn entity(&self, name: u8, slot: u64) -> Arc<EntityRow> {
         Arc::new(EntityRow {
-            eid: self.shard.allocate_eid(),
+            eid: self.entities.fetch_add(1, Relaxed),
             copy: CopyId::GENESIS,
             slot: Slot::new(slot),
             kind: "thing".into(),
             id_hash: EntityHash([name; 16]),
+            life: 1,
             sealed_id: vec![name],
             key_id: [name; 16],
             created_at_us: 1,

@@ -481,9 +481,6 @@ impl EntityState {
             at_us,
             key_id: KeyId(row.key_id),
         };
-        if !loaded.created {
-            opener.row = Arc::new(row.without_id());
-        }
         let body = seal_commit_parts(&opener.key, &place, &[&head, events.items()]);
         let key = retry.map(|(key, _)| key);
         if let Some(key) = &key {
@@ -502,15 +499,8 @@ impl EntityState {
             events: decoded,
             key: key.map(Box::new),
         });
-        let commit = Commit {
-            entity: row.clone(),
-            create: !std::mem::replace(&mut loaded.created, true),
-            first_version,
-            count,
-            at_us,
-            append_key: key.map(|key| key.0.to_vec()),
-            body,
-        };
+        let create = !std::mem::replace(&mut loaded.created, true);
+        let append_key = key.map(|key| key.0.to_vec());
         let (entity, version, has_key) = (self.identity.hash, Version(loaded.version), key.is_some());
         let on_settled = Box::new(move |result: Result<(), _>| {
             if result.is_ok() {
@@ -519,7 +509,19 @@ impl EntityState {
             let written = result.map(|()| Written::Committed(version));
             reply.send(written.map_err(|error| AppendError::from_commit(entity, error, has_key)));
         });
-        self.core.shard.submit(Submission { activation: loaded.activation.clone(), commit: Some(commit), on_settled });
+        let activation = loaded.activation.clone();
+        let submission = |entity| {
+            let commit = Commit { entity, create, first_version, count, at_us, append_key, body };
+            Submission { activation, commit: Some(commit), on_settled }
+        };
+        match create {
+            true => self.core.shard.submit_new(|eid| {
+                let row = EntityRow { eid, ..(*row).clone() };
+                opener.row = Arc::new(row.without_id());
+                submission(Arc::new(row))
+            }),
+            false => self.core.shard.submit(submission(row)),
+        }
         Ok(())
     }
 
@@ -718,11 +720,13 @@ async fn new_opener(core: &ShardCore, kind: &dyn Kind, identity: &Identity) -> R
     let (key_id, key) = core.vault.create(identity.hash).await?;
     let sealed_id = seal_id(&key, kind.name(), IdHash(identity.hash.0), key_id, &identity.id);
     let row = EntityRow {
-        eid: core.shard.allocate_eid(),
+        // Its number comes with its first commit.
+        eid: 0,
         copy: CopyId::GENESIS,
         slot: identity.slot,
         kind: kind.name().clone(),
         id_hash: identity.hash,
+        life: 1,
         sealed_id,
         key_id: key_id.0,
         created_at_us: core.settings.wall_clock.now_us(),

@@ -32,6 +32,7 @@ pub struct Options {
     pub(crate) master_key: Option<MasterKeySource>,
     pub(crate) durability: Durability,
     pub(crate) vfs: Option<String>,
+    pub(crate) keep_deleted_bytes: bool,
     pub(crate) idle_timeout: Duration,
     pub(crate) memory_budget: usize,
     pub(crate) limits: Limits,
@@ -73,6 +74,7 @@ impl Options {
             master_key: None,
             durability: Durability::Full,
             vfs: None,
+            keep_deleted_bytes: false,
             idle_timeout: Duration::from_secs(300),
             memory_budget: 1 << 30,
             limits: Limits { event_bytes_max: 1 << 20, append_bytes_max: 4 << 20, append_events_max: 4096 },
@@ -118,6 +120,13 @@ impl Options {
     /// The SQLite VFS to use instead of the default one. For fault injection.
     pub fn vfs(mut self, name: impl Into<String>) -> Self {
         self.vfs = Some(name.into());
+        self
+    }
+
+    /// Leaves what is erased in the files, for the control of a test that looks for it there.
+    #[doc(hidden)]
+    pub fn keep_deleted_bytes(mut self) -> Self {
+        self.keep_deleted_bytes = true;
         self
     }
 

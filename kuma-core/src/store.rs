@@ -122,7 +122,11 @@ impl Kuma {
             DataDir::open(&options.data_dir, &options.context, options.shards, Options::shards_default())?;
         let is_new = data_dir.is_new();
         let master = options.load_master_key(is_new).map_err(StartError::MasterKey)?;
-        let file = FileOptions { durability: options.durability, vfs: options.vfs.clone() };
+        let file = FileOptions {
+            durability: options.durability,
+            vfs: options.vfs.clone(),
+            keep_deleted_bytes: options.keep_deleted_bytes,
+        };
         let shard_options = |number| ShardOptions {
             number,
             shards: data_dir.shards(),

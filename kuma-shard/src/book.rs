@@ -31,6 +31,8 @@ pub(crate) struct Progress {
 pub(crate) struct Audit {
     pub(crate) stored: Stored,
     pub(crate) slots: BTreeMap<Slot, SlotSum>,
+    /// Of each slot with some, the steps of erasures since the file was opened: its rows change with each.
+    pub(crate) erasures: BTreeMap<Slot, u64>,
 }
 
 /// One database's tables as its only writer keeps them: an image in memory, changed group by group.
@@ -66,6 +68,11 @@ pub(crate) trait Book: Send + Sync + 'static {
 
     /// What each slot holds as of the last commit. Only the book of a shard has slots.
     fn slots(&self) -> BTreeMap<Slot, SlotSum> {
+        BTreeMap::new()
+    }
+
+    /// Of each slot with some, the steps of erasures.
+    fn erasures(&self) -> BTreeMap<Slot, u64> {
         BTreeMap::new()
     }
 

@@ -4,7 +4,13 @@
 //! - It never stands in the path of an acknowledgement for longer than the rest that the writer copies between two transactions.
 //! - A failed checkpoint changes nothing: the log keeps all, and the next attempt writes every page anew.
 
-use std::{sync::Arc, time::Instant};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+    time::Instant,
+};
 
 use ractor::ActorRef;
 use sqlx::{Connection, SqliteConnection};
@@ -29,6 +35,26 @@ const ROUNDS_MAX: usize = 3;
 /// A log this long (256 MiB) means that a reader is in the way.
 const WARN_PAGES: u64 = 65_536;
 
+/// How the checkpointer is woken.
+#[derive(Default)]
+pub(crate) struct Wake {
+    called: Notify,
+    truncate: AtomicBool,
+}
+
+impl Wake {
+    /// Something was written.
+    pub(crate) fn look(&self) {
+        self.called.notify_one();
+    }
+
+    /// The log is to be cut to nothing.
+    pub(crate) fn truncate(&self) {
+        self.truncate.store(true, Relaxed);
+        self.called.notify_one();
+    }
+}
+
 /// A checkpoint on its way: begun beside the writer, finished by it.
 pub(crate) struct Underway {
     pub(crate) since: Instant,
@@ -38,7 +64,7 @@ pub(crate) struct Underway {
 /// Runs until `stop` is dropped, then closes its connection.
 pub(crate) async fn run<B: Book>(
     mut connection: SqliteConnection,
-    wake: Arc<Notify>,
+    wake: Arc<Wake>,
     mut stop: oneshot::Receiver<()>,
     writer: ActorRef<WriterMessage<B>>,
     file: Arc<str>,
@@ -47,8 +73,15 @@ pub(crate) async fn run<B: Book>(
     loop {
         // Only waiting is given up here, never a checkpoint.
         tokio::select! {
-            () = wake.notified() => {}
+            () = wake.called.notified() => {}
             _ = &mut stop => break,
+        }
+        if wake.truncate.swap(false, Relaxed) {
+            // What this leaves, or cannot do, the writer does.
+            if let Err(error) = copy(&mut connection).await {
+                tracing::warn!(%file, error = %sqlite::detail(&error), "a checkpoint failed; it is tried again");
+            }
+            let _ = writer.cast(WriterMessage::FinishTruncate);
         }
         match look_and_copy(&mut connection, &writer, &file, &stats).await {
             Ok(pages) if pages > WARN_PAGES => {

@@ -309,7 +309,9 @@ fn remove_unfinished(path: &Path) -> io::Result<()> {
         let name = name.to_string_lossy();
         let stem = name.split('.').next().unwrap_or_default();
         let extension = name.split_once('.').map(|(_, extension)| extension).unwrap_or_default();
-        let ours = stem == "keys" || stem.strip_prefix("shard-").is_some_and(|number| number.parse::<u16>().is_ok());
+        let ours = stem == "keys"
+            || stem == "node"
+            || stem.strip_prefix("shard-").is_some_and(|number| number.parse::<u16>().is_ok());
         if ours && matches!(extension, "db" | "db-wal" | "db-shm" | "db-journal" | "watermark") {
             fs::remove_file(entry.path())?;
         }

@@ -1,13 +1,13 @@
 //! An open database file: its writer, its readers, and what is the same for a shard and for `keys.db`.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use ractor::{Actor, ActorCell, ActorRef};
 use sqlx::SqlitePool;
 use tokio::sync::oneshot;
 
 use crate::{
-    OpenError, ReadError, StatsView, WriterStats,
+    CommitError, NotWritten, OpenError, ReadError, StatsView, WriterStats,
     book::{Audit, Book},
     open::FileSpec,
     sqlite::{self, Trouble},
@@ -16,6 +16,9 @@ use crate::{
 
 /// Connections that read a file. More only add threads: a page of rows is read in well under a millisecond.
 const READERS: u32 = 2;
+/// How often the log is tried to be cut while readers are in the way, and how much longer the wait is each time: some 10 s in all.
+const TRUNCATE_ATTEMPTS: u32 = 45;
+const TRUNCATE_WAIT: Duration = Duration::from_millis(10);
 
 pub(crate) struct Database<B: Book> {
     /// The name of the file, for messages.
@@ -54,6 +57,25 @@ impl<B: Book> Database<B> {
         // Should the writer be gone, the answer is what tells: its sender is gone too.
         let _ = self.writer.cast(WriterMessage::Audit { reply });
         answer.await.map_err(|_| ReadError::Closed { file: self.file.to_string() })
+    }
+
+    /// Copies the log into the database and cuts it to nothing: what was deleted before is in neither then. Commits go on meanwhile, but for
+    /// the rest that is copied between two of them.
+    pub(crate) async fn truncate_log(&self) -> Result<(), CommitError> {
+        let busy = || NotWritten::Io {
+            file: self.file.to_string(),
+            detail: "a reader holds an old state of the log open, so that deleted bytes stay in it".to_owned(),
+        };
+        for attempt in 1..=TRUNCATE_ATTEMPTS {
+            let (reply, answer) = oneshot::channel();
+            let stopping = |_| CommitError::from(NotWritten::Stopping);
+            self.writer.cast(WriterMessage::Truncate { reply }).map_err(|_| CommitError::from(NotWritten::Stopping))?;
+            if answer.await.map_err(stopping)?? {
+                return Ok(());
+            }
+            tokio::time::sleep(TRUNCATE_WAIT * attempt).await;
+        }
+        Err(busy().into())
     }
 
     /// Numbers about the writer.

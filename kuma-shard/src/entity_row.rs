@@ -19,7 +19,9 @@ pub struct EntityRow {
     pub kind: Arc<str>,
     /// The keyed hash of kind and id.
     pub id_hash: EntityHash,
-    /// The id, sealed with the entity's key. Only needed to create the entity and to verify it; see [`EntityRow::without_id`].
+    /// Which life of this entity: 1, and one more each time that it was made anew after an erasure.
+    pub life: u32,
+    /// The id, sealed with the entity's key. Empty once it is erased. Only needed to create the entity and to verify it; see [`EntityRow::without_id`].
     pub sealed_id: Vec<u8>,
     /// The name of the entity's key.
     pub key_id: [u8; 16],
@@ -35,16 +37,22 @@ impl EntityRow {
         EntityRow { sealed_id: Vec::new(), ..self.clone() }
     }
 
+    /// The row that stays of an entity that is erased.
+    pub fn erased(&self, at_us: i64) -> Self {
+        EntityRow { sealed_id: Vec::new(), erased_at_us: Some(self.erased_at_us.unwrap_or(at_us)), ..self.clone() }
+    }
+
     pub(crate) fn checksum(&self) -> i64 {
         let mut hasher = blake3::Hasher::new();
         hasher
-            .update(b"kumaentity1")
+            .update(b"kumaentity2")
             .update(&self.eid.to_le_bytes())
             .update(&self.copy.0)
             .update(&self.slot.number().to_le_bytes())
             .update(&(self.kind.len() as u64).to_le_bytes())
             .update(self.kind.as_bytes())
             .update(&self.id_hash.0)
+            .update(&self.life.to_le_bytes())
             .update(&(self.sealed_id.len() as u64).to_le_bytes())
             .update(&self.sealed_id)
             .update(&self.key_id)
@@ -78,6 +86,7 @@ impl EntityRow {
             slot: Slot::new(row.try_get::<i64, _>(slot)?.cast_unsigned()),
             kind: row.try_get::<String, _>("kind")?.into(),
             id_hash: EntityHash(id_hash),
+            life: row.try_get("life")?,
             sealed_id: row.try_get("sealed_id")?,
             key_id,
             created_at_us: row.try_get("created_at")?,

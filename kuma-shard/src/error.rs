@@ -155,6 +155,9 @@ pub enum NotWritten {
         /// The slot.
         slot: Slot,
     },
+    /// The entity was erased.
+    #[error("the entity was erased")]
+    Erased,
     /// The store is shutting down.
     #[error("the store is shutting down")]
     Stopping,

@@ -4,6 +4,8 @@
 //! - A key is durable before the first commit that is sealed with it, and an existing row is never replaced by another key. (A key
 //!   whose commit never came is left over; it opens nothing.)
 //! - Only wrapped keys are here. This crate cannot unwrap them.
+//! - No row is deleted and no row moves: a key is destroyed by emptying its row, which stays and keeps the name of the key from coming back.
+//!   A wrapping of another length goes to a new row, and the old one is emptied (see `schema.rs`).
 
 use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
 
@@ -19,7 +21,7 @@ use crate::{
     progress::Stored,
     row_hash::RowHash,
     schema::Role,
-    statements,
+    statements::{self, Bound},
     writer::WriterMessage,
 };
 
@@ -32,18 +34,23 @@ pub struct KeyRow {
     pub key_id: [u8; 16],
     /// Whose it is.
     pub id_hash: EntityHash,
-    /// The key, wrapped under a master key.
+    /// The key, wrapped under a master key; empty once it is destroyed.
     pub wrapped: Vec<u8>,
     /// Microseconds since 1970.
     pub created_at_us: i64,
 }
 
 impl KeyRow {
-    /// The wrapping is left out: it changes with the master key, and is authenticated by itself.
+    /// Whether the key was destroyed.
+    pub fn is_destroyed(&self) -> bool {
+        self.wrapped.is_empty()
+    }
+
+    /// The wrapping is left out: it changes with the master key, and is authenticated by itself. But not that there is one.
     fn hash(&self) -> RowHash {
         let mut hasher = blake3::Hasher::new();
         hasher
-            .update(b"kumakey1")
+            .update(if self.is_destroyed() { b"kumakey0" } else { b"kumakey1" })
             .update(&self.key_id)
             .update(&self.id_hash.0)
             .update(&self.created_at_us.to_le_bytes());
@@ -69,6 +76,7 @@ impl KeyRow {
 enum Change {
     Add(KeyRow),
     Rewrap { key_id: [u8; 16], wrapped: Vec<u8> },
+    Destroy { key_ids: Vec<[u8; 16]> },
     PutSecret { name: &'static str, wrapped: Vec<u8> },
 }
 
@@ -90,6 +98,7 @@ impl Book for KeyBook {
         let bytes = match &entry.change {
             Change::Add(row) => row.wrapped.len(),
             Change::Rewrap { wrapped, .. } | Change::PutSecret { wrapped, .. } => wrapped.len(),
+            Change::Destroy { key_ids } => key_ids.len() * 64,
         };
         Size { bytes: bytes + 64, events: 1 }
     }
@@ -111,15 +120,18 @@ impl Book for KeyBook {
             let query = match &entry.change {
                 Change::Add(row) => {
                     digest.add(&row.hash());
-                    sqlx::query("INSERT INTO data_key(key_id, id_hash, wrapped, created_at) VALUES (?, ?, ?, ?)")
-                        .bind(row.key_id.to_vec())
-                        .bind(row.id_hash.0.to_vec())
-                        .bind(row.wrapped.clone())
-                        .bind(row.created_at_us)
+                    insert(row)
                 }
-                Change::Rewrap { key_id, wrapped } => sqlx::query("UPDATE data_key SET wrapped = ? WHERE key_id = ?")
-                    .bind(wrapped.clone())
-                    .bind(key_id.to_vec()),
+                Change::Rewrap { key_id, wrapped } => {
+                    rewrap(connection, *key_id, wrapped).await?;
+                    continue;
+                }
+                Change::Destroy { key_ids } => {
+                    for key_id in key_ids {
+                        destroy(connection, *key_id, &mut digest).await?;
+                    }
+                    continue;
+                }
                 Change::PutSecret { name, wrapped } => {
                     sqlx::query("INSERT INTO secret(name, wrapped) VALUES (?, ?) ON CONFLICT(name) DO UPDATE SET wrapped = excluded.wrapped")
                         .bind(*name)
@@ -154,11 +166,54 @@ impl Book for KeyBook {
     }
 }
 
+const FIND: &str = "SELECT key_id, id_hash, wrapped, created_at FROM data_key WHERE key_id = ?";
+
+/// Replaces a wrapping; a key that was destroyed meanwhile stays destroyed.
+async fn rewrap(connection: &mut SqliteConnection, key_id: [u8; 16], wrapped: &[u8]) -> sqlx::Result<()> {
+    // Of the same length it is written over in place.
+    let same = sqlx::query("UPDATE data_key SET wrapped = ?1 WHERE key_id = ?2 AND length(wrapped) = length(?1)");
+    let done = same.bind(wrapped.to_vec()).bind(key_id.to_vec()).execute(&mut *connection).await?;
+    if done.rows_affected() > 0 {
+        return Ok(());
+    }
+    let row = sqlx::query(FIND).bind(key_id.to_vec()).fetch_optional(&mut *connection).await?;
+    let Some(row) = row.as_ref().map(KeyRow::from_row).transpose()?.flatten().filter(|row| !row.is_destroyed()) else {
+        return Ok(());
+    };
+    sqlx::query("UPDATE data_key SET key_id = NULL, id_hash = x'', wrapped = x'', created_at = 0 WHERE key_id = ?")
+        .bind(key_id.to_vec())
+        .execute(&mut *connection)
+        .await?;
+    insert(&KeyRow { wrapped: wrapped.to_vec(), ..row }).execute(connection).await.map(|_| ())
+}
+
+/// Empties the row of a key, if there is one.
+async fn destroy(connection: &mut SqliteConnection, key_id: [u8; 16], digest: &mut Digest) -> sqlx::Result<()> {
+    let row = sqlx::query(FIND).bind(key_id.to_vec()).fetch_optional(&mut *connection).await?;
+    let Some(row) = row.as_ref().map(KeyRow::from_row).transpose()?.flatten().filter(|row| !row.is_destroyed()) else {
+        return Ok(());
+    };
+    sqlx::query("UPDATE data_key SET wrapped = x'' WHERE key_id = ?").bind(key_id.to_vec()).execute(connection).await?;
+    digest.subtract(&row.hash());
+    digest.add(&KeyRow { wrapped: Vec::new(), ..row }.hash());
+    Ok(())
+}
+
+fn insert(row: &KeyRow) -> Bound {
+    sqlx::query("INSERT INTO data_key(key_id, id_hash, wrapped, created_at) VALUES (?, ?, ?, ?)")
+        .bind(row.key_id.to_vec())
+        .bind(row.id_hash.0.to_vec())
+        .bind(row.wrapped.clone())
+        .bind(row.created_at_us)
+}
+
 /// What a look over all keys found.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct KeysReport {
-    /// Rows read.
+    /// Keys.
     pub keys: u64,
+    /// Keys that were destroyed.
+    pub destroyed: u64,
     /// What is wrong, in words.
     pub damage: Vec<String>,
 }
@@ -220,6 +275,25 @@ impl KeyStore {
         self.change(Change::Rewrap { key_id, wrapped }).await
     }
 
+    /// Destroys these keys: nothing that was sealed with them can be read from then on. Those that there are none of are no error.
+    /// Their bytes are gone from the file itself after [`KeyStore::truncate_log`].
+    ///
+    /// # Errors
+    /// None was destroyed, or that is unknown; do it again.
+    pub async fn destroy(&self, key_ids: Vec<[u8; 16]>) -> Result<(), CommitError> {
+        self.change(Change::Destroy { key_ids }).await
+    }
+
+    /// Copies the log into the database and cuts it to nothing. See [`crate::Shard::truncate_log`].
+    ///
+    /// # Errors
+    /// A reader was in the way for too long, or the disk refused; try again.
+    /// # Cancel safety
+    /// Cancel safe.
+    pub async fn truncate_log(&self) -> Result<(), CommitError> {
+        self.database.truncate_log().await
+    }
+
     /// Stores a wrapped secret of the store itself under `name`.
     ///
     /// # Errors
@@ -238,12 +312,12 @@ impl KeyStore {
         settled.await.map_err(unknown)?
     }
 
-    /// The key with this name.
+    /// The key with this name; it may be destroyed.
     ///
     /// # Errors
     /// The file cannot be read.
     pub async fn get(&self, key_id: [u8; 16]) -> Result<Option<KeyRow>, ReadError> {
-        let row = sqlx::query("SELECT key_id, id_hash, wrapped, created_at FROM data_key WHERE key_id = ?")
+        let row = sqlx::query(FIND)
             .bind(key_id.to_vec())
             .fetch_optional(&self.database.readers)
             .await
@@ -265,12 +339,12 @@ impl KeyStore {
         row.map(|row| row.try_get(0)).transpose().map_err(|error| self.read_error(error))
     }
 
-    /// Keys in the order in which they were added, above `after`, with the number of each.
+    /// Keys, destroyed ones too, in the order in which they were added, above `after`, with the number of each.
     ///
     /// # Errors
     /// The file cannot be read.
     pub async fn page(&self, after: i64, rows_max: u32) -> Result<BTreeMap<i64, KeyRow>, ReadError> {
-        let rows = sqlx::query("SELECT number, key_id, id_hash, wrapped, created_at FROM data_key WHERE number > ? ORDER BY number LIMIT ?")
+        let rows = sqlx::query("SELECT number, key_id, id_hash, wrapped, created_at FROM data_key WHERE number > ? AND key_id IS NOT NULL ORDER BY number LIMIT ?")
             .bind(after)
             .bind(rows_max)
             .fetch_all(&self.database.readers)
@@ -314,7 +388,10 @@ impl KeyStore {
             after = *last;
             for row in page.values() {
                 digest.add(&row.hash());
-                report.keys += 1;
+                match row.is_destroyed() {
+                    true => report.destroyed += 1,
+                    false => report.keys += 1,
+                }
                 each(row);
             }
         }

@@ -3,6 +3,7 @@
 //! - [`DataDir`]: the lock and the identity of a data directory.
 //! - [`Shard`]: one file, one writer. [`Submission`]s and [`SnapshotRow`]s go in, and are settled once durable; rows come out verified.
 //! - [`KeyStore`]: the wrapped keys, in a file of their own.
+//! - [`NodeStore`]: who was erased, in a file of its own.
 //!
 //! A database is written by one ractor actor that groups what gathers while a commit is in flight (`writer`), is copied from its
 //! log beside it (`checkpointer`), and is compared with its watermark at open (`watermark`). See docs/architecture.md.
@@ -15,6 +16,7 @@ mod checkpointer;
 mod data_dir;
 mod database;
 mod entity_row;
+mod erase;
 mod error;
 mod ids;
 mod keys;
@@ -22,6 +24,7 @@ mod log_book;
 mod log_entry;
 mod log_row;
 mod metrics;
+mod node;
 mod open;
 mod progress;
 mod reads;
@@ -45,11 +48,13 @@ pub use activation::Activation;
 pub use budget::{Budget, Permit};
 pub use data_dir::{DataDir, DataDirError, STORE_FORMAT};
 pub use entity_row::EntityRow;
+pub use erase::ErasedRows;
 pub use error::{CommitError, NotWritten, OpenError, ReadError};
 pub use ids::{CopyId, DiskId, EntityHash, Epoch, SLOTS, Slot};
 pub use keys::{KeyRow, KeyStore, KeysReport};
 pub use log_entry::{Commit, OnSettled, Submission};
 pub use log_row::LogRow;
+pub use node::{NodeStore, ReceiptRow, Tombstone};
 pub use reads::PAGE_BYTES;
 pub use row_hash::Digest;
 pub use schema::FORMAT;

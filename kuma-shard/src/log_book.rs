@@ -1,14 +1,17 @@
 //! The book of a shard: entities and the log of their commits.
 //!
 //! Invariants:
-//! - One row is one commit. Rows are only ever added.
+//! - One row is one commit. Rows are only ever added; an erasure turns those of one entity into stubs where they stand.
 //! - `position` and `seq` are assigned here, in the order of the group, and only kept if the group is.
 //! - A commit is written only under an owned slot, under an activation that is not void, and as the version that follows both what
 //!   that activation wrote and what the log holds: a second activation of an entity is refused here, whatever let it come about.
 //! - An append key of an entity that the tail or the group knows is not written again: the last line of defence against a request that
 //!   would happen twice. Whoever decides a commit looks its key up before.
 //! - One commit that cannot be written fails alone, with the later ones of its activation.
-//! - Snapshots go with a group and are given up before a commit of it fails because of them.
+//! - Snapshots go with a group and are given up before a commit of it fails because of them. So are the steps of an erasure, which are
+//!   simply taken again.
+//! - A transaction with a step of an erasure persists the marks: it changes rows in front of them.
+//! - Nothing is written for an entity that is erased, or is being erased in the same group.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -21,14 +24,16 @@ use crate::{
     Activation, CommitError, Digest, EntityRow, NotWritten, Slot, SnapshotRow,
     append_keys::AppendKeys,
     book::{Book, Progress, Size},
+    erase::{self, EraseStep, ErasedRows, StepDone, Stubbed},
     log_entry::{Commit, LogEntry, Work},
     progress::Stored,
     row_hash::{RowFields, RowHash},
     slots::{self, Ownership, SlotImage, SlotSum},
     snapshots,
     sqlite::{self, Trouble},
-    statements::{self, Transaction},
+    statements::{self, Head, Transaction},
     tail::{SharedTail, TAIL_ROWS_MAX, TailRow},
+    writer::GROUP_EVENTS_MAX,
 };
 
 /// What a group changes, until it is known to be durable.
@@ -40,11 +45,13 @@ struct Staged {
     rows: Vec<TailRow>,
     keys: AppendKeys,
     /// The newest version of each entity written to.
-    heads: BTreeMap<i64, u64>,
-    /// How many snapshots were written; none while they are being written.
-    snapshots: Option<u64>,
+    heads: BTreeMap<i64, Head>,
+    /// How many snapshots were written.
+    snapshots: u64,
     marks: bool,
     indexed: bool,
+    /// Whether what is being written now can wait: a snapshot, or a step of an erasure.
+    can_wait: bool,
 }
 
 pub(crate) struct LogBook {
@@ -59,7 +66,7 @@ pub(crate) struct LogBook {
     digest: Digest,
     tail: SharedTail,
     /// The newest version of entities that were written to: the fence against a second writer of one entity. Only a cache.
-    heads: HashMap<i64, u64>,
+    heads: HashMap<i64, Head>,
     marks_due: bool,
     snapshots_written: metrics::Counter,
     staged: Option<Staged>,
@@ -105,9 +112,10 @@ impl LogBook {
             rows: Vec::new(),
             keys: AppendKeys::default(),
             heads: BTreeMap::new(),
-            snapshots: Some(0),
+            snapshots: 0,
             marks: false,
             indexed: false,
+            can_wait: false,
         })
     }
 
@@ -136,13 +144,13 @@ impl LogBook {
     }
 
     /// The newest version of an entity, staged commits included, if it was written to or looked up.
-    fn known_head(&self, eid: i64) -> Option<u64> {
+    fn known_head(&self, eid: i64) -> Option<Head> {
         let staged = self.staged.as_ref().and_then(|staged| staged.heads.get(&eid));
         staged.or_else(|| self.heads.get(&eid)).copied()
     }
 
-    fn head(&self, eid: i64) -> u64 {
-        self.known_head(eid).unwrap_or(0)
+    fn head(&self, eid: i64) -> Head {
+        self.known_head(eid).unwrap_or(Head::At(0))
     }
 
     fn image(&self, slot: Slot) -> Option<(usize, SlotImage)> {
@@ -160,7 +168,10 @@ impl LogBook {
         if self.image(slot).is_none_or(|(_, image)| image.ownership != Ownership::Owned) {
             return Err(NotWritten::NotOwner { slot });
         }
-        let expected = self.head(commit.entity.eid) + 1;
+        let expected = match self.head(commit.entity.eid) {
+            Head::At(version) => version + 1,
+            Head::Erased => return Err(NotWritten::Erased),
+        };
         let follows = commit.first_version == expected && commit.first_version == activation.written() + 1;
         if !follows || commit.count == 0 {
             let detail = format!("version {} where {expected} is next", commit.first_version);
@@ -205,7 +216,7 @@ impl LogBook {
         if let Some(append_key) = &commit.append_key {
             staged.keys.note(commit.entity.eid, append_key, place.position);
         }
-        staged.heads.insert(commit.entity.eid, commit.last_version());
+        staged.heads.insert(commit.entity.eid, Head::At(commit.last_version()));
         image.next_seq += 1;
         image.len += 1;
         image.digest.add(&hash);
@@ -215,7 +226,8 @@ impl LogBook {
 
     /// Checks the group and gives each commit its place; those that cannot be written are refused.
     fn stage_all(&mut self, group: &mut [LogEntry]) -> Vec<Place> {
-        self.stage();
+        let erased = group.iter().filter_map(LogEntry::erase_step).map(|step| (step.entity.eid, Head::Erased));
+        self.stage().heads.extend(erased);
         let mut poisoned = Vec::new();
         let mut places = Vec::with_capacity(group.len());
         for entry in group.iter_mut() {
@@ -250,6 +262,9 @@ impl LogBook {
         let created: Vec<&EntityRow> =
             rows.iter().filter(|(commit, _)| commit.create).map(|(commit, _)| &*commit.entity).collect();
         let snapshots: Vec<&SnapshotRow> = group.iter().filter_map(LogEntry::snapshot_row).collect();
+        let erasures: Vec<EraseStep> = group.iter().filter_map(LogEntry::erase_step).cloned().collect();
+        // It changes rows in front of the mark, and is led to them by the index.
+        self.marks_due |= !erasures.is_empty();
         let mut transaction = Transaction::New;
         let mut last = rows.as_slice();
         let one_script = created.is_empty() && snapshots.is_empty() && statements::is_one_script(rows.len());
@@ -260,6 +275,8 @@ impl LogBook {
             last = statements::insert_all_but_last(connection, last).await?;
             self.write_snapshots(connection, &snapshots).await?;
         }
+        self.write_index(connection).await?;
+        self.erase(connection, &erasures).await?;
         let stored = self.finish(connection, commits).await?;
         *committing = true;
         statements::insert_and_commit(connection, transaction, &stored, last).await
@@ -298,6 +315,7 @@ impl LogBook {
                 Err(error) => return Err(error),
             }
         }
+        self.write_index(connection).await?;
         let stored = self.finish(connection, commits).await?;
         *committing = true;
         statements::commit(connection, &stored).await
@@ -309,51 +327,86 @@ impl LogBook {
         connection: &mut SqliteConnection,
         snapshots: &[&SnapshotRow],
     ) -> sqlx::Result<()> {
-        if let Some(staged) = &mut self.staged {
-            staged.snapshots = None;
-        }
+        self.writing_what_can_wait(true);
         let mut written = 0;
         for snapshot in snapshots {
             if self.known_head(snapshot.eid).is_none() {
                 self.learn_heads(connection, [snapshot.eid].into()).await?;
             }
-            if snapshot.version <= self.head(snapshot.eid) {
+            if matches!(self.head(snapshot.eid), Head::At(version) if snapshot.version <= version) {
                 written += u64::from(snapshots::save(connection, snapshot).await?);
             }
         }
         if let Some(staged) = &mut self.staged {
-            staged.snapshots = Some(written);
+            staged.snapshots = written;
         }
+        self.writing_what_can_wait(false);
         Ok(())
+    }
+
+    fn writing_what_can_wait(&mut self, now: bool) {
+        if let Some(staged) = &mut self.staged {
+            staged.can_wait = now;
+        }
     }
 
     /// Whether one entry of the group is to blame for `error`, so that the others can be written without it.
     fn is_of_one(&self, error: &sqlx::Error) -> bool {
         match sqlite::trouble(error) {
             Trouble::Constraint => true,
-            // A damaged page that only a snapshot met. They are a cache, and may not fail what is none.
-            Trouble::Corrupt => self.staged.as_ref().is_some_and(|staged| staged.snapshots.is_none()),
+            // A damaged page that only a snapshot or an erasure met. They may not fail the commits of others.
+            Trouble::Corrupt => self.staged.as_ref().is_some_and(|staged| staged.can_wait),
             _ => false,
         }
     }
 
-    fn give_up_snapshots(&self, group: &mut [LogEntry], error: &sqlx::Error) {
+    fn give_up_what_can_wait(&self, group: &mut [LogEntry], error: &sqlx::Error) {
         let (file, detail) = (self.file.to_string(), sqlite::detail(error));
         let why = match sqlite::trouble(error) {
             Trouble::Constraint => NotWritten::Conflict { file, detail },
             _ => {
-                tracing::warn!(%file, error = %detail, "snapshots could not be written; commits go on");
+                tracing::warn!(%file, error = %detail, "snapshots or erasures could not be written; commits go on");
                 NotWritten::Io { file, detail }
             }
         };
-        for entry in group.iter_mut().filter(|entry| entry.snapshot_row().is_some()) {
+        for entry in group.iter_mut().filter(|entry| entry.snapshot_row().is_some() || entry.erase_step().is_some()) {
             entry.refusal = Some(why.clone());
         }
     }
 
-    /// What comes last in every transaction: indexes and marks where they are due (it is open then), and the progress to be stored.
+    /// Takes the steps of erasures, into the open transaction in which the index is up to date.
+    async fn erase(&mut self, connection: &mut SqliteConnection, steps: &[EraseStep]) -> sqlx::Result<()> {
+        self.writing_what_can_wait(true);
+        for EraseStep { entity, after, done } in steps {
+            let mut erased = ErasedRows::default();
+            if *after == 0 {
+                erased = erase::begin(connection, entity).await?;
+            }
+            let (rows, damaged, next) = erase::rows(connection, entity, *after).await?;
+            erase::stub(connection, entity, &rows).await?;
+            erased.damaged = damaged;
+            let Some((index, mut image)) = self.image(entity.slot) else { continue };
+            let Some(staged) = self.staged.as_mut() else { continue };
+            for Stubbed { row, before, after } in &rows {
+                for digest in [&mut image.digest, &mut staged.digest] {
+                    digest.subtract(before);
+                    digest.add(after);
+                }
+                erased.commits += 1;
+                erased.events += u64::from(row.count);
+                erased.bytes += row.body.len() as u64;
+                erased.append_keys += u64::from(row.append_key.is_some());
+            }
+            image.erasures += 1;
+            staged.slots.insert(index, image);
+            *done.lock() = StepDone { rows: erased, next };
+        }
+        self.writing_what_can_wait(false);
+        Ok(())
+    }
+
+    /// What comes last in every transaction: the marks where they are due (it is open then), and the progress to be stored.
     async fn finish(&mut self, connection: &mut SqliteConnection, commits: u64) -> sqlx::Result<Stored> {
-        self.write_index(connection).await?;
         self.write_marks(connection).await?;
         Ok(Stored { commits, progress: self.progress() })
     }
@@ -396,6 +449,7 @@ impl Book for LogBook {
             Work::Commit(_, commit) => Size { bytes: commit.body.len() + 128, events: commit.count as usize },
             Work::Snapshot(snapshot) => Size { bytes: snapshot.body.len() + 64, events: 0 },
             Work::Barrier(_) => Size::default(),
+            Work::Erase(_) => Size { bytes: 4096, events: GROUP_EVENTS_MAX / erase::STEPS_IN_GROUP },
         }
     }
 
@@ -404,7 +458,7 @@ impl Book for LogBook {
         marks
             || group.iter().any(|entry| match &entry.work {
                 Work::Commit(activation, _) => !activation.is_voided(),
-                Work::Snapshot(_) => true,
+                Work::Snapshot(_) | Work::Erase(_) => true,
                 Work::Barrier(_) => false,
             })
     }
@@ -422,7 +476,7 @@ impl Book for LogBook {
                 // transaction that met a damaged page, whatever savepoint it goes back to.
                 *committing = false;
                 statements::execute(connection, "ROLLBACK").await?;
-                self.give_up_snapshots(group, &error);
+                self.give_up_what_can_wait(group, &error);
                 self.write_one_by_one(connection, group, commits, committing).await
             }
             other => other,
@@ -454,6 +508,11 @@ impl Book for LogBook {
         self.slots.iter().map(|image| (image.slot, image.sum())).collect()
     }
 
+    fn erasures(&self) -> BTreeMap<Slot, u64> {
+        let some = self.slots.iter().filter(|image| image.erasures > 0);
+        some.map(|image| (image.slot, image.erasures)).collect()
+    }
+
     fn keep(&mut self) {
         let progress = self.progress();
         let Some(staged) = self.staged.take() else { return };
@@ -461,7 +520,7 @@ impl Book for LogBook {
         self.mark_position = progress.mark_position;
         self.indexed_position = progress.indexed_position;
         self.digest = progress.digest;
-        self.snapshots_written.increment(staged.snapshots.unwrap_or(0));
+        self.snapshots_written.increment(staged.snapshots);
         if staged.indexed {
             self.tail.write().clear();
         } else {
@@ -500,7 +559,7 @@ impl Book for LogBook {
                 result
             }
             Work::Barrier(activation) => unless_voided(&activation),
-            Work::Snapshot(_) => outcome,
+            Work::Snapshot(_) | Work::Erase(_) => outcome,
         };
         (entry.on_settled)(result);
     }

@@ -1,8 +1,8 @@
-//! What is handed to the writer of a shard: commits, barriers and snapshots, each with whoever waits for it.
+//! What is handed to the writer of a shard: commits, barriers, snapshots and erasures, each with whoever waits for it.
 
 use std::sync::Arc;
 
-use crate::{Activation, CommitError, EntityRow, NotWritten, SnapshotRow};
+use crate::{Activation, CommitError, EntityRow, NotWritten, SnapshotRow, erase::EraseStep};
 
 /// The events of one append, sealed.
 #[derive(Debug)]
@@ -49,6 +49,7 @@ pub(crate) enum Work {
     /// Told when all before it is settled.
     Barrier(Arc<Activation>),
     Snapshot(SnapshotRow),
+    Erase(EraseStep),
 }
 
 /// Something on its way, with the reason why it alone was refused.
@@ -64,6 +65,11 @@ impl LogEntry {
         LogEntry { work: Work::Snapshot(snapshot), on_settled, refusal: None }
     }
 
+    /// A step of an erasure.
+    pub(crate) fn erase(step: EraseStep, on_settled: OnSettled) -> Self {
+        LogEntry { work: Work::Erase(step), on_settled, refusal: None }
+    }
+
     /// Settles an entry that never reached its writer.
     pub(crate) fn refuse(self, error: CommitError) {
         if let Work::Commit(activation, _) | Work::Barrier(activation) = &self.work {
@@ -75,14 +81,21 @@ impl LogEntry {
     pub(crate) fn commit(&self) -> Option<&Commit> {
         match &self.work {
             Work::Commit(_, commit) => Some(commit),
-            Work::Barrier(_) | Work::Snapshot(_) => None,
+            Work::Barrier(_) | Work::Snapshot(_) | Work::Erase(_) => None,
         }
     }
 
     pub(crate) fn snapshot_row(&self) -> Option<&SnapshotRow> {
         match &self.work {
             Work::Snapshot(snapshot) => Some(snapshot),
-            Work::Commit(..) | Work::Barrier(_) => None,
+            Work::Commit(..) | Work::Barrier(_) | Work::Erase(_) => None,
+        }
+    }
+
+    pub(crate) fn erase_step(&self) -> Option<&EraseStep> {
+        match &self.work {
+            Work::Erase(step) => Some(step),
+            Work::Commit(..) | Work::Barrier(_) | Work::Snapshot(_) => None,
         }
     }
 }

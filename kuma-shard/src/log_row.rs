@@ -7,7 +7,7 @@ use crate::{
     row_hash::{RowFields, RowHash},
 };
 
-/// A row of the log, whole and unaltered: its checksum was verified.
+/// A row of the log, whole and unaltered: its checksum was verified. Of an erased commit it is a stub, see [`LogRow::is_stub`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LogRow {
     /// Place in the shard's log.
@@ -20,14 +20,41 @@ pub struct LogRow {
     pub version: u64,
     /// How many events.
     pub count: u32,
-    /// Microseconds since 1970.
+    /// Microseconds since 1970; 0 in a stub.
     pub at_us: i64,
     /// The token under which it was written.
     pub epoch: Epoch,
     /// The keyed hash of the caller's idempotency key.
     pub append_key: Option<Vec<u8>>,
-    /// The sealed events.
+    /// The sealed events; empty in a stub.
     pub body: Vec<u8>,
+}
+
+impl LogRow {
+    /// Whether it stands for a commit that was erased. (A sealed body is never empty.)
+    pub fn is_stub(&self) -> bool {
+        self.body.is_empty()
+    }
+
+    /// What stays of it when it is erased.
+    pub(crate) fn stub(&self) -> LogRow {
+        LogRow { at_us: 0, append_key: None, body: Vec::new(), ..*self }
+    }
+
+    pub(crate) fn fields<'a>(&'a self, entity: &'a EntityRow) -> RowFields<'a> {
+        RowFields {
+            slot: self.slot,
+            seq: self.seq,
+            id_hash: &entity.id_hash.0,
+            key_id: &entity.key_id,
+            version: self.version,
+            count: self.count,
+            at_us: self.at_us,
+            epoch: self.epoch,
+            append_key: self.append_key.as_deref(),
+            body: &self.body,
+        }
+    }
 }
 
 /// Reads a row of the log together with the hash that it should have.
@@ -44,17 +71,6 @@ pub(crate) fn parse(row: &SqliteRow, entity: &EntityRow) -> sqlx::Result<(LogRow
         append_key: row.try_get("append_key")?,
         body: row.try_get("body")?,
     };
-    let hash = RowHash::of(&RowFields {
-        slot: log_row.slot,
-        seq: log_row.seq,
-        id_hash: &entity.id_hash.0,
-        key_id: &entity.key_id,
-        version: log_row.version,
-        count: log_row.count,
-        at_us: log_row.at_us,
-        epoch: log_row.epoch,
-        append_key: log_row.append_key.as_deref(),
-        body: &log_row.body,
-    });
+    let hash = RowHash::of(&log_row.fields(entity));
     Ok((log_row, hash, row.try_get("checksum")?))
 }

@@ -38,7 +38,7 @@ macro_rules! page_of {
     };
 }
 
-const AFTER: &str =
+pub(crate) const AFTER: &str =
     page_of!("SELECT position FROM log_index WHERE eid = ? AND version > ? ORDER BY version LIMIT ?", "ASC");
 const BEFORE: &str =
     page_of!("SELECT position FROM log_index WHERE eid = ? AND version < ? ORDER BY version DESC LIMIT ?", "DESC");
@@ -50,13 +50,13 @@ fn is_full(rows: &[LogRow]) -> bool {
 }
 
 impl Shard {
-    /// The entity with this hash, if it was ever written.
+    /// The entity with this hash in its newest life, if it was ever written. It may be erased.
     ///
     /// # Errors
     /// The file cannot be read, or the row is damaged.
     pub async fn find_entity(&self, copy: CopyId, id_hash: EntityHash) -> Result<Option<EntityRow>, ReadError> {
         self.check_readable()?;
-        let row = sqlx::query("SELECT * FROM entity WHERE copy = ? AND id_hash = ?")
+        let row = sqlx::query("SELECT * FROM entity WHERE copy = ? AND id_hash = ? ORDER BY life DESC LIMIT 1")
             .bind(copy.0.to_vec())
             .bind(id_hash.0.to_vec())
             .fetch_optional(&self.database().readers)

@@ -78,6 +78,13 @@ impl Digest {
         self.add_words(Digest::from_bytes(row.0).0);
     }
 
+    /// Takes one row's hash away.
+    pub(crate) fn subtract(&mut self, row: &RowHash) {
+        // The two's complement.
+        self.add_words(Digest::from_bytes(row.0).0.map(|word| !word));
+        self.add_words([1, 0, 0, 0]);
+    }
+
     /// Adds all that another digest sums.
     pub(crate) fn add_digest(&mut self, other: &Digest) {
         self.add_words(other.0);
@@ -152,6 +159,18 @@ mod tests {
         let mut digest = Digest([u64::MAX, u64::MAX, 0, 0]);
         digest.add_words([1, 0, 0, 0]);
         assert_eq!(digest, Digest([0, 0, 1, 0]));
+    }
+
+    #[test]
+    fn what_is_taken_away_from_a_digest_was_never_in_it() {
+        let hashes: Vec<RowHash> = (0..50).map(|seq| RowHash::of(&row(seq))).collect();
+        let (mut all, mut odd) = (Digest::default(), Digest::default());
+        hashes.iter().for_each(|hash| all.add(hash));
+        hashes.iter().step_by(2).for_each(|hash| all.subtract(hash));
+        hashes.iter().skip(1).step_by(2).for_each(|hash| odd.add(hash));
+        assert_eq!(all, odd);
+        hashes.iter().skip(1).step_by(2).for_each(|hash| all.subtract(hash));
+        assert_eq!(all, Digest::default());
     }
 
     #[test]

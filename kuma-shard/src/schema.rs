@@ -1,7 +1,10 @@
 //! The tables, and how a file is made.
 //!
 //! Invariants:
-//! - `PRAGMA user_version` is the format. A file of another one is refused. Format 1 was never released: it had another index of append keys.
+//! - `PRAGMA user_version` is the format. A file of another one is refused. Formats 1 and 2 were never released.
+//! - Cells with secrets or sealed bytes never move: their tables grow at the end only, and a row whose content has to go is shrunk in place
+//!   and never deleted. SQLite zeroes what a row leaves behind (`secure_delete`), but not the copy that rebalancing a page leaves in
+//!   its unused space (docs/adr/0016-rows-that-do-not-move.md).
 //! - The whole schema of a new file is one transaction, so that a crash leaves a file with it or without it.
 
 use sqlx::{Row, SqliteConnection};
@@ -9,7 +12,7 @@ use sqlx::{Row, SqliteConnection};
 use crate::DiskId;
 
 /// The newest file format known here.
-pub const FORMAT: u32 = 2;
+pub const FORMAT: u32 = 3;
 
 /// What a database is for. Stored in it, so that files cannot be mixed up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,6 +21,8 @@ pub(crate) enum Role {
     Shard(u16),
     /// The wrapped keys.
     Keys,
+    /// What the node knows for ever: who was erased, and the receipts.
+    Node,
 }
 
 impl Role {
@@ -25,6 +30,7 @@ impl Role {
         match self {
             Role::Shard(number) => format!("shard {number}"),
             Role::Keys => "keys".to_owned(),
+            Role::Node => "node".to_owned(),
         }
     }
 
@@ -32,6 +38,7 @@ impl Role {
         match self {
             Role::Shard(_) => SHARD_TABLES,
             Role::Keys => KEYS_TABLES,
+            Role::Node => NODE_TABLES,
         }
     }
 }
@@ -61,12 +68,13 @@ CREATE TABLE entity(
     slot INTEGER NOT NULL,
     kind TEXT NOT NULL,
     id_hash BLOB NOT NULL,
+    life INTEGER NOT NULL,
     sealed_id BLOB NOT NULL,
     key_id BLOB NOT NULL,
     created_at INTEGER NOT NULL,
     erased_at INTEGER,
     checksum INTEGER NOT NULL,
-    UNIQUE (copy, id_hash)
+    UNIQUE (copy, id_hash, life)
 ) STRICT;
 CREATE TABLE log(
     position INTEGER PRIMARY KEY,
@@ -94,7 +102,8 @@ CREATE TABLE key_index(
     PRIMARY KEY (eid, append_key)
 ) STRICT, WITHOUT ROWID;
 CREATE TABLE snapshot(
-    eid INTEGER PRIMARY KEY,
+    number INTEGER PRIMARY KEY,
+    eid INTEGER UNIQUE,
     version INTEGER NOT NULL,
     schema INTEGER NOT NULL,
     body BLOB NOT NULL
@@ -121,10 +130,35 @@ CREATE TABLE secret(
 ) STRICT;
 CREATE TABLE data_key(
     number INTEGER PRIMARY KEY,
-    key_id BLOB NOT NULL UNIQUE,
+    key_id BLOB UNIQUE,
     id_hash BLOB NOT NULL,
     wrapped BLOB NOT NULL,
     created_at INTEGER NOT NULL
+) STRICT;
+";
+
+const NODE_TABLES: &str = "
+CREATE TABLE tombstone(
+    number INTEGER PRIMARY KEY,
+    key_id BLOB NOT NULL UNIQUE,
+    id_hash BLOB NOT NULL,
+    slot INTEGER NOT NULL,
+    receipt_id BLOB NOT NULL,
+    at INTEGER NOT NULL
+) STRICT;
+CREATE INDEX tombstone_entity ON tombstone(id_hash);
+CREATE TABLE unfinished(
+    key_id BLOB PRIMARY KEY
+) STRICT, WITHOUT ROWID;
+CREATE TABLE receipt(
+    number INTEGER PRIMARY KEY,
+    receipt_id BLOB NOT NULL UNIQUE,
+    body TEXT NOT NULL
+) STRICT;
+CREATE TABLE backup(
+    number INTEGER PRIMARY KEY,
+    what TEXT NOT NULL,
+    at INTEGER NOT NULL
 ) STRICT;
 ";
 
@@ -151,7 +185,7 @@ pub(crate) async fn create(connection: &mut SqliteConnection, role: Role, disk_i
         .execute(&mut *connection)
         .await?;
     // FORMAT. A pragma takes no parameters.
-    sqlx::query("PRAGMA user_version = 2").execute(connection).await?;
+    sqlx::query("PRAGMA user_version = 3").execute(connection).await?;
     Ok(())
 }
 

@@ -84,7 +84,7 @@ impl Shard {
             return Ok(Page { rows: Vec::new(), extent });
         }
         let rows = sqlx::query(
-            "SELECT log.*, entity.copy, entity.slot AS entity_slot, entity.kind, entity.id_hash, entity.sealed_id, entity.key_id,
+            "SELECT log.*, entity.copy, entity.slot AS entity_slot, entity.kind, entity.id_hash, entity.life, entity.sealed_id, entity.key_id,
                     entity.created_at, entity.erased_at, entity.checksum AS entity_checksum
              FROM log NOT INDEXED LEFT JOIN entity ON entity.eid = log.eid
              WHERE log.position > ? AND log.position <= ? ORDER BY log.position",

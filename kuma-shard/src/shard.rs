@@ -1,15 +1,9 @@
 //! A shard: one SQLite file, one writer, a few readers.
 
-use std::{
-    collections::BTreeSet,
-    path::Path,
-    sync::{
-        Arc,
-        atomic::{AtomicI64, Ordering::Relaxed},
-    },
-};
+use std::{collections::BTreeSet, path::Path, sync::Arc};
 
 use futures_util::TryStreamExt;
+use parking_lot::Mutex;
 use ractor::ActorCell;
 use sqlx::{Row, SqliteConnection, sqlite::SqliteRow};
 
@@ -75,7 +69,7 @@ struct Inner {
     database: Database<LogBook>,
     tail: SharedTail,
     budget: Arc<Budget>,
-    next_eid: AtomicI64,
+    next_eid: Mutex<i64>,
 }
 
 impl Shard {
@@ -111,7 +105,7 @@ impl Shard {
             database,
             tail,
             budget: Budget::new(options.queue_bytes_max),
-            next_eid: AtomicI64::new(next_eid),
+            next_eid: Mutex::new(next_eid),
         };
         Ok(Shard { inner: Arc::new(inner) })
     }
@@ -132,8 +126,31 @@ impl Shard {
     }
 
     /// A number for a new entity, never given before. One that is not used is no loss.
-    pub fn allocate_eid(&self) -> i64 {
-        self.inner.next_eid.fetch_add(1, Relaxed)
+    #[cfg(test)]
+    pub(crate) fn allocate_eid(&self) -> i64 {
+        let mut next = self.inner.next_eid.lock();
+        *next += 1;
+        *next - 1
+    }
+
+    /// Hands the first commit of a new entity to the writer: `submission` makes it, given a number for the entity that was never given
+    /// before. Rows of entities are written in the order of their numbers, so that none ever moves.
+    pub fn submit_new(&self, submission: impl FnOnce(i64) -> Submission) {
+        let mut next = self.inner.next_eid.lock();
+        let eid = *next;
+        *next += 1;
+        self.submit(submission(eid));
+    }
+
+    /// Copies the log into the database and cuts it to nothing, so that what was deleted before is in no file. Commits go on meanwhile,
+    /// but for the rest that is copied between two of them.
+    ///
+    /// # Errors
+    /// A reader was in the way for too long, or the disk refused. Deleted bytes may still be in the log; try again.
+    /// # Cancel safety
+    /// Cancel safe.
+    pub async fn truncate_log(&self) -> Result<(), CommitError> {
+        self.inner.database.truncate_log().await
     }
 
     /// Hands `submission` to the writer. It is settled in the order of submission, once.
@@ -248,6 +265,7 @@ fn parse_tail(row: &SqliteRow) -> sqlx::Result<(LogRow, RowHash, i64)> {
         slot: Slot::new(0),
         kind: "".into(),
         id_hash: EntityHash(bytes("id_hash")?),
+        life: 1,
         sealed_id: Vec::new(),
         key_id: bytes("key_id")?,
         created_at_us: 0,

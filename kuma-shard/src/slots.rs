@@ -43,6 +43,8 @@ pub(crate) struct SlotImage {
     pub(crate) next_seq: u64,
     pub(crate) len: u64,
     pub(crate) digest: Digest,
+    /// Steps of erasures since the file was opened.
+    pub(crate) erasures: u64,
 }
 
 /// How many rows a slot has, and their digest.
@@ -75,6 +77,7 @@ impl SlotImage {
             next_seq: 1,
             len: 0,
             digest: Digest::default(),
+            erasures: 0,
         }
     }
 
@@ -112,6 +115,7 @@ impl SlotImage {
             next_seq: number("next_seq")?.cast_unsigned(),
             len: number("len")?.cast_unsigned(),
             digest: Digest::from_bytes(digest),
+            erasures: 0,
         };
         Ok((image.checksum() == number("checksum")?).then_some(image))
     }

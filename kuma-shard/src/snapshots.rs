@@ -4,6 +4,7 @@
 //! - A snapshot is only a cache. It has no position and is in no digest, and it is given up before a commit fails because of it.
 //! - It is written by the same writer as the log, and never says more than the log holds then.
 //! - The newest one stays. One of another schema replaces it whatever its version: the state of a former shape is of no use.
+//! - A new one is a new row at the end; that of the one before is emptied where it stands (see `schema.rs`).
 
 use sqlx::{Row, SqliteConnection};
 
@@ -53,11 +54,19 @@ impl Shard {
 
 /// Writes `snapshot` unless there is a newer one of its schema; says whether it did.
 pub(crate) async fn save(connection: &mut SqliteConnection, snapshot: &SnapshotRow) -> sqlx::Result<bool> {
+    sqlx::query(
+        "UPDATE snapshot SET eid = NULL, version = 0, schema = 0, body = x''
+         WHERE eid = ? AND (version < ? OR schema <> ?)",
+    )
+    .bind(snapshot.eid)
+    .bind(snapshot.version.cast_signed())
+    .bind(snapshot.schema.cast_signed())
+    .execute(&mut *connection)
+    .await?;
     let done = sqlx::query(
         "INSERT INTO snapshot(eid, version, schema, body)
-         SELECT ?1, ?2, ?3, ?4 WHERE EXISTS (SELECT 1 FROM entity WHERE eid = ?1)
-         ON CONFLICT (eid) DO UPDATE SET version = excluded.version, schema = excluded.schema, body = excluded.body
-         WHERE excluded.version > snapshot.version OR excluded.schema <> snapshot.schema",
+         SELECT ?1, ?2, ?3, ?4
+         WHERE EXISTS (SELECT 1 FROM entity WHERE eid = ?1) AND NOT EXISTS (SELECT 1 FROM snapshot WHERE eid = ?1)",
     )
     .bind(snapshot.eid)
     .bind(snapshot.version.cast_signed())
@@ -67,6 +76,12 @@ pub(crate) async fn save(connection: &mut SqliteConnection, snapshot: &SnapshotR
     .execute(connection)
     .await?;
     Ok(done.rows_affected() > 0)
+}
+
+/// Empties the snapshot of an entity; says whether there was one.
+pub(crate) async fn clear(connection: &mut SqliteConnection, eid: i64) -> sqlx::Result<bool> {
+    let clear = "UPDATE snapshot SET eid = NULL, version = 0, schema = 0, body = x'' WHERE eid = ?";
+    Ok(sqlx::query(clear).bind(eid).execute(connection).await?.rows_affected() > 0)
 }
 
 #[cfg(test)]

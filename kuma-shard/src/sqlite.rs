@@ -42,6 +42,8 @@ pub struct FileOptions {
     pub durability: Durability,
     /// The SQLite VFS to use instead of the default one. For fault injection.
     pub vfs: Option<String>,
+    /// Leaves what is deleted in the files. For the control of a test that looks for it there.
+    pub keep_deleted_bytes: bool,
 }
 
 pub(crate) const PAGE_BYTES: u64 = 4096;
@@ -82,7 +84,7 @@ pub(crate) async fn connect_writer(path: &Path, file: &FileOptions, create: bool
         .pragma("wal_autocheckpoint", "0")
         .pragma("journal_size_limit", JOURNAL_BYTES_MAX.to_string())
         // From the first day: page balancing would leave stale copies of cells behind that no later erasure reaches.
-        .pragma("secure_delete", "ON")
+        .pragma("secure_delete", if file.keep_deleted_bytes { "OFF" } else { "ON" })
         .pragma("cache_size", format!("-{WRITER_CACHE_KIB}"));
     // On macOS a plain fsync does not flush the drive's cache.
     let options = if cfg!(target_os = "macos") {
@@ -148,6 +150,16 @@ pub(crate) async fn checkpoint(connection: &mut SqliteConnection, mode: Checkpoi
     // -1 where there is no log yet.
     let pages = |index| row.try_get::<i64, _>(index).map(|pages| pages.max(0).unsigned_abs());
     Ok(Checkpointed { busy: row.try_get::<i64, _>(0)? != 0, log_pages: pages(1)?, copied_pages: pages(2)? })
+}
+
+/// A TRUNCATE checkpoint that does not wait for readers.
+pub(crate) async fn truncate_at_once(connection: &mut SqliteConnection) -> sqlx::Result<Checkpointed> {
+    sqlx::query("PRAGMA busy_timeout = 10").execute(&mut *connection).await?;
+    let done = checkpoint(connection, CheckpointMode::Truncate).await;
+    // Whatever became of it.
+    let restore = format!("PRAGMA busy_timeout = {}", BUSY_TIMEOUT.as_millis());
+    sqlx::query(sqlx::AssertSqlSafe(restore)).execute(connection).await?;
+    done
 }
 
 /// What kind of trouble an error is.

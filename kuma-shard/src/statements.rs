@@ -6,7 +6,11 @@
 
 use std::sync::LazyLock;
 
-use sqlx::{Row, Sqlite, SqliteConnection, query::Query, sqlite::SqliteArguments};
+use sqlx::{
+    Row, Sqlite, SqliteConnection,
+    query::Query,
+    sqlite::{SqliteArguments, SqliteRow},
+};
 
 use crate::{
     Commit, EntityRow,
@@ -27,9 +31,9 @@ const INDEX_ROWS: [usize; 3] = [256, 32, 1];
 const LOG_COLUMNS: usize = 11;
 const LOG_HEAD: &str =
     "INSERT INTO log(position, slot, seq, eid, version, count, at, epoch, append_key, checksum, body)";
-const ENTITY_COLUMNS: usize = 10;
+const ENTITY_COLUMNS: usize = 11;
 const ENTITY_HEAD: &str =
-    "INSERT INTO entity(eid, copy, slot, kind, id_hash, sealed_id, key_id, created_at, erased_at, checksum)";
+    "INSERT INTO entity(eid, copy, slot, kind, id_hash, life, sealed_id, key_id, created_at, erased_at, checksum)";
 
 /// Whether a script opens the transaction that it commits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -163,22 +167,40 @@ async fn insert_all<Row: Sync>(
     Ok(())
 }
 
-/// The last version of the commit at `position`.
-pub(crate) async fn head_at(connection: &mut SqliteConnection, position: u64) -> sqlx::Result<u64> {
-    let row = sqlx::query("SELECT version + count - 1 FROM log WHERE position = ?").bind(position.cast_signed());
-    row.fetch_one(connection).await?.try_get::<i64, _>(0).map(i64::cast_unsigned)
+/// How an entity's log ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Head {
+    /// With this version; 0 if it has none.
+    At(u64),
+    /// For good.
+    Erased,
 }
 
-/// The newest version of an entity as far as the index knows; 0 if it knows none.
-pub(crate) async fn indexed_head(connection: &mut SqliteConnection, eid: i64) -> sqlx::Result<u64> {
+fn head(row: &SqliteRow) -> sqlx::Result<Head> {
+    Ok(if row.try_get(1)? { Head::Erased } else { Head::At(row.try_get::<i64, _>(0)?.cast_unsigned()) })
+}
+
+/// The entity's head, given by the newest of its commits, which is at `position`.
+pub(crate) async fn head_at(connection: &mut SqliteConnection, position: u64) -> sqlx::Result<Head> {
     let row = sqlx::query(
-        "SELECT log.version + log.count - 1 FROM log_index CROSS JOIN log ON log.position = log_index.position
+        "SELECT version + count - 1, (SELECT erased_at FROM entity WHERE entity.eid = log.eid) IS NOT NULL
+         FROM log WHERE position = ?",
+    )
+    .bind(position.cast_signed());
+    head(&row.fetch_one(connection).await?)
+}
+
+/// The entity's head as far as the index knows.
+pub(crate) async fn indexed_head(connection: &mut SqliteConnection, eid: i64) -> sqlx::Result<Head> {
+    let row = sqlx::query(
+        "SELECT log.version + log.count - 1, (SELECT erased_at FROM entity WHERE entity.eid = log.eid) IS NOT NULL
+         FROM log_index CROSS JOIN log ON log.position = log_index.position
          WHERE log_index.eid = ? ORDER BY log_index.version DESC LIMIT 1",
     )
     .bind(eid)
     .fetch_optional(connection)
     .await?;
-    row.map_or(Ok(0), |row| row.try_get::<i64, _>(0).map(i64::cast_unsigned))
+    row.map_or(Ok(Head::At(0)), |row| head(&row))
 }
 
 fn bind_entity(query: Bound, entity: &EntityRow) -> Bound {
@@ -188,6 +210,7 @@ fn bind_entity(query: Bound, entity: &EntityRow) -> Bound {
         .bind(i64::from(entity.slot.number()))
         .bind(entity.kind.to_string())
         .bind(entity.id_hash.0.to_vec())
+        .bind(entity.life)
         .bind(entity.sealed_id.clone())
         .bind(entity.key_id.to_vec())
         .bind(entity.created_at_us)

@@ -124,6 +124,7 @@ impl TestShard {
             slot: Slot::new(slot),
             kind: "thing".into(),
             id_hash: EntityHash([name; 16]),
+            life: 1,
             sealed_id: vec![name],
             key_id: [name; 16],
             created_at_us: 1,

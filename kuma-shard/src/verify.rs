@@ -2,7 +2,8 @@
 //! against its table.
 //!
 //! Invariants:
-//! - It runs beside appends: what is compared is the log up to the position, and the digests, at its start.
+//! - It runs beside appends: what is compared is the log up to the position, and the digests, at its start. Erasures change what is in front
+//!   of that position: a slot in which one went on meanwhile is not compared, and said so.
 //! - It never holds an old state open for longer than one page of rows; SQLite's own check of the structure is the exception.
 //! - What it keeps is a number for each entity, and the sum of each slot.
 
@@ -11,9 +12,7 @@ use std::collections::{BTreeMap, HashMap};
 use sqlx::{Row, SqlitePool};
 
 use crate::{
-    Digest, EntityHash, EntityRow, LogRow, ReadError, Shard, Slot,
-    book::{Audit, Progress},
-    scrub::SoundRow,
+    Digest, EntityHash, EntityRow, LogRow, ReadError, Shard, Slot, book::Audit, progress::Stored, scrub::SoundRow,
     slots::SlotSum,
 };
 
@@ -33,12 +32,18 @@ const FINDINGS_MAX: usize = 1000;
 pub struct ShardReport {
     /// Entities seen.
     pub entities: u64,
+    /// Entities of them that are erased.
+    pub erased: u64,
     /// Commits read.
     pub commits: u64,
     /// Events in them.
     pub events: u64,
+    /// Stubs of erased commits.
+    pub stubs: u64,
     /// Damage that belongs to one entity: its hash, or none where even that cannot be read, and what is wrong. The first 1000 of it.
     pub bad_entities: Vec<(Option<EntityHash>, String)>,
+    /// Slots that were not compared with their digests, because something in them was erased meanwhile, in order. Not damage: verify again.
+    pub changed_slots: Vec<Slot>,
     /// Slots whose rows are not those that were committed, in order.
     pub bad_slots: Vec<Slot>,
     /// Damage that does not belong to one entity; each bad slot is in it too.
@@ -58,12 +63,16 @@ impl ShardReport {
     }
 
     /// Compares what each slot holds, and all of them together.
-    fn compare(&mut self, expected: &Audit, mut found: BTreeMap<Slot, SlotSum>) {
+    fn compare(&mut self, expected: &Audit, now: &Audit, mut found: BTreeMap<Slot, SlotSum>) {
         let mut digest = Digest::default();
         found.values().for_each(|sum| digest.add_digest(&sum.digest));
+        let before = &expected.erasures;
+        let changed = |slot: &Slot| now.erasures.get(slot) != before.get(slot);
         for (slot, expected) in &expected.slots {
             let found = found.remove(slot).unwrap_or_default();
-            if found != *expected {
+            if changed(slot) {
+                self.changed_slots.push(*slot);
+            } else if found != *expected {
                 self.bad_slots.push(*slot);
                 self.damage.push(format!(
                     "the digest of slot {slot} is not that of its rows ({} sound rows, {} were committed)",
@@ -76,13 +85,13 @@ impl ShardReport {
             self.damage.push(format!("slot {slot} is not of this shard and has {} rows in it", found.len));
         }
         self.bad_slots.sort_unstable();
-        if digest != expected.stored.progress.digest {
+        if now.erasures == expected.erasures && digest != expected.stored.progress.digest {
             self.damage.push("the digest of all rows is not the one that was committed".to_owned());
         }
     }
 }
 
-/// Checks of a commit what its shard cannot: whoever holds the keys.
+/// Checks of a commit what its shard cannot: whoever holds the keys. It is not asked about stubs.
 pub trait CommitCheck: Send {
     /// Says what is wrong with a commit, if anything. (A trait and not an async closure, whose future is not known to be `Send`.)
     fn check(&mut self, entity: &EntityRow, commit: &LogRow) -> impl Future<Output = Result<(), String>> + Send;
@@ -126,8 +135,9 @@ impl Shard {
         let expected = self.database().audit().await?;
         report.damage.extend(integrity(&self.database().readers).await.map_err(|error| self.read_error(error))?);
         self.look_at_entities(report).await?;
-        let found = self.look_at_log(report, commits, &expected.stored.progress).await?;
-        report.compare(&expected, found);
+        let found = self.look_at_log(report, commits, &expected).await?;
+        let now = self.database().audit().await?;
+        report.compare(&expected, &now, found);
         Ok(())
     }
 
@@ -136,8 +146,9 @@ impl Shard {
         &self,
         report: &mut ShardReport,
         commits: &mut impl CommitCheck,
-        expected: &Progress,
+        expected: &Audit,
     ) -> Result<BTreeMap<Slot, SlotSum>, ReadError> {
+        let Audit { stored: Stored { progress: expected, .. }, erasures, .. } = expected;
         let mut found: BTreeMap<Slot, SlotSum> = BTreeMap::new();
         // Of each entity the next version: all that is kept of it from page to page.
         let mut versions = HashMap::new();
@@ -155,14 +166,21 @@ impl Shard {
                     }
                     Ok(SoundRow { entity, row, hash }) => {
                         found.entry(row.slot).or_default().add(&hash);
-                        report.commits += 1;
-                        report.events += u64::from(row.count);
+                        match row.is_stub() {
+                            true => report.stubs += 1,
+                            false => {
+                                report.commits += 1;
+                                report.events += u64::from(row.count);
+                            }
+                        }
                         let next = versions.entry(entity.eid).or_insert(1);
                         let dense = row.version == *next && row.slot == entity.slot;
                         *next = row.version + u64::from(row.count);
-                        let checked = match dense {
-                            true => commits.check(&entity, &row).await,
-                            false => Err(format!("version {} is out of place", row.version)),
+                        let checked = match (dense, row.is_stub()) {
+                            (true, false) => commits.check(&entity, &row).await,
+                            (true, true) if entity.erased_at_us.is_some() => Ok(()),
+                            (true, true) => Err(format!("version {} is empty", row.version)),
+                            (false, _) => Err(format!("version {} is out of place", row.version)),
                         };
                         if let Err(detail) = checked {
                             report.bad_entity(Some(entity.id_hash), detail);
@@ -181,8 +199,11 @@ impl Shard {
         if !by_version.is_whole(self.count("SELECT count(*) FROM log_index WHERE position <= ?", indexed).await?) {
             report.damage.push("the index of the log is not that of its rows".to_owned());
         }
-        // A key that two commits have is one entry, and only one of them is found by it.
-        if !by_key.is_whole(self.count("SELECT count(*) FROM key_index WHERE position <= ?", indexed).await?) {
+        // A key that two commits have is one entry, and only one of them is found by it. An erasure takes keys away.
+        let is_settled = self.database().audit().await?.erasures == *erasures;
+        if is_settled
+            && !by_key.is_whole(self.count("SELECT count(*) FROM key_index WHERE position <= ?", indexed).await?)
+        {
             report.damage.push("the index of append keys is not that of the log's rows".to_owned());
         }
         Ok(found)
@@ -213,9 +234,11 @@ impl Shard {
                 report.entities += 1;
                 match entity {
                     Ok(entity) => {
-                        // A lookup goes by the hash: the index must lead to this very row.
-                        let found = self.find_entity(entity.copy, entity.id_hash).await;
-                        if !found.is_ok_and(|found| found.as_ref() == Some(&entity)) {
+                        report.erased += u64::from(entity.erased_at_us.is_some());
+                        // A lookup goes by the hash: the index must lead to this very life. It may be erased meanwhile.
+                        let found = self.lives(entity.copy, entity.id_hash).await;
+                        let is_it = |found: &EntityRow| found.eid == entity.eid && found.key_id == entity.key_id;
+                        if !found.is_ok_and(|found| found.iter().any(is_it)) {
                             report.bad_entity(Some(entity.id_hash), "it cannot be found by its hash".to_owned());
                         }
                     }

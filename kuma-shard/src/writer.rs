@@ -30,7 +30,7 @@ use std::{
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use sqlx::{Connection, SqliteConnection};
 use tokio::{
-    sync::{Notify, oneshot, watch},
+    sync::{oneshot, watch},
     task::JoinHandle,
 };
 use tracing::Instrument;
@@ -38,7 +38,7 @@ use tracing::Instrument;
 use crate::{
     CommitError, DiskId, FileOptions, NotWritten, WriterStats,
     book::{Audit, Book, Size},
-    checkpointer::{self, Underway},
+    checkpointer::{self, Underway, Wake},
     progress::{self, Stored},
     sqlite::{self, CheckpointMode, PAGE_BYTES, Trouble},
     watermark::{Mark, WATERMARK_DELAY, WatermarkFile},
@@ -46,11 +46,14 @@ use crate::{
 
 /// A group is written when it has this many bytes, even if more has gathered: larger ones only add latency.
 const GROUP_BYTES_MAX: usize = 4 << 20;
-const GROUP_EVENTS_MAX: usize = 4096;
+pub(crate) const GROUP_EVENTS_MAX: usize = 4096;
 /// How often a file that could not be opened again is tried.
 const REOPEN_EVERY: Duration = Duration::from_secs(1);
 /// Waits between the attempts to read a file back after a failure, while its waiters wait.
 const REOPEN_WAITS: [Duration; 3] = [Duration::ZERO, Duration::from_millis(50), Duration::from_millis(250)];
+
+/// Whether the log was cut.
+pub(crate) type Truncated = oneshot::Sender<Result<bool, CommitError>>;
 
 /// What a writer can be asked.
 pub(crate) enum WriterMessage<B: Book> {
@@ -64,6 +67,10 @@ pub(crate) enum WriterMessage<B: Book> {
     PersistMarks,
     /// Copy the rest of the log, so that it starts anew.
     FinishCheckpoint(Underway),
+    /// Copy the log into the database and cut it to nothing, so that what was deleted is in neither. False if a reader was in the way.
+    Truncate { reply: Truncated },
+    /// Most of the log is copied for it.
+    FinishTruncate,
     /// Tell what the file holds as of now. Not answered while that is in doubt.
     Audit { reply: oneshot::Sender<Audit> },
     /// Write what has gathered, persist the marks, close the file.
@@ -118,7 +125,9 @@ pub(crate) struct WriterState<B: Book> {
     checkpointer: JoinHandle<()>,
     /// Dropped to end the checkpointer.
     stop_checkpointer: Option<oneshot::Sender<()>>,
-    checkpoint: Arc<Notify>,
+    checkpoint: Arc<Wake>,
+    /// Whoever waits for the log to be cut.
+    truncations: Vec<Truncated>,
     written_bytes: u64,
     stats: Arc<WriterStats>,
 }
@@ -137,7 +146,7 @@ impl<B: Book> Actor for Writer<B> {
             arguments;
         let mark = Mark { commits, disk_id, digest: book.progress().digest };
         let (marks, changes) = watch::channel(mark);
-        let checkpoint = Arc::new(Notify::new());
+        let checkpoint = Arc::new(Wake::default());
         let file = sqlite::file_name(&path);
         let (closing, closed) = oneshot::channel();
         let keeper = keep_watermark(watermark, changes, closed, file.clone(), stats.clone());
@@ -165,6 +174,7 @@ impl<B: Book> Actor for Writer<B> {
             checkpointer: tokio::spawn(checkpointer),
             stop_checkpointer: Some(stop_checkpointer),
             checkpoint,
+            truncations: Vec::new(),
             written_bytes: 0,
             stats,
         })
@@ -195,10 +205,21 @@ impl<B: Book> Actor for Writer<B> {
             WriterMessage::FinishCheckpoint(Underway { since, span }) => {
                 state.finish_checkpoint(since).instrument(span).await;
             }
+            WriterMessage::Truncate { reply } => {
+                state.truncations.push(reply);
+                state.checkpoint.truncate();
+            }
+            WriterMessage::FinishTruncate => {
+                let cut = state.truncate().await;
+                for reply in state.truncations.drain(..) {
+                    // A caller that is gone does not want to know.
+                    let _ = reply.send(cut.clone());
+                }
+            }
             WriterMessage::Audit { reply } if !state.in_doubt => {
                 let stored = Stored { commits: state.commits, progress: state.book.progress() };
                 // A receiver that is gone no longer wants to know.
-                let _ = reply.send(Audit { stored, slots: state.book.slots() });
+                let _ = reply.send(Audit { stored, slots: state.book.slots(), erasures: state.book.erasures() });
             }
             WriterMessage::Audit { .. } => {}
             WriterMessage::Stop { done } => {
@@ -312,7 +333,7 @@ impl<B: Book> WriterState<B> {
         self.written_bytes += size.bytes as u64 + 8 * PAGE_BYTES;
         if self.written_bytes >= checkpointer::LOOK_EVERY_BYTES {
             self.written_bytes = 0;
-            self.checkpoint.notify_one();
+            self.checkpoint.look();
         }
     }
 
@@ -429,6 +450,25 @@ impl<B: Book> WriterState<B> {
             // Safe to try again: the log was synced, and every page is written anew.
             Err(error) => {
                 tracing::warn!(file = %self.file, error = %sqlite::detail(&error), "a checkpoint failed; it is tried again")
+            }
+        }
+    }
+
+    /// Waits for no reader: commits wait meanwhile.
+    async fn truncate(&mut self) -> Result<bool, CommitError> {
+        let Some(connection) = self.connection.as_mut() else {
+            let detail = self.closed.clone().unwrap_or_default();
+            return Err(NotWritten::Closed { file: self.file.to_string(), detail }.into());
+        };
+        match sqlite::truncate_at_once(connection).await {
+            Ok(done) => {
+                self.stats.set_wal_pages(done.log_pages);
+                Ok(!done.busy)
+            }
+            // Safe to try again: the log keeps all until it is cut.
+            Err(error) => {
+                let detail = sqlite::detail(&error);
+                Err(NotWritten::Io { file: self.file.to_string(), detail }.into())
             }
         }
     }
