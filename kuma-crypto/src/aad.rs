@@ -24,12 +24,14 @@ pub(crate) enum Purpose {
     Id = 2,
     /// Saved state, under a data key.
     Snapshot = 3,
-    /// What a local master key encrypts; the associated data of its caller (one of the next two) is nested in it.
+    /// What a local master key encrypts; the associated data of its caller (one of the next three) is nested in it.
     WrappedKey = 4,
     /// The place of a wrapped data key.
     DataKeyPlace = 5,
     /// The place of a wrapped id secret.
     IdSecretPlace = 6,
+    /// The place of a wrapped signing key.
+    NodeKeyPlace = 7,
 }
 
 /// Associated data under construction.

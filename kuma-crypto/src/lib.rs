@@ -45,6 +45,7 @@ mod sealed;
 mod sealed_id;
 mod secret;
 mod short_hex;
+mod signing;
 mod snapshot;
 mod text;
 
@@ -53,9 +54,11 @@ pub use commit::{CommitPlace, open_commit, seal_commit, seal_commit_parts};
 pub use data_key::{DataKey, KeyId};
 pub use id_hash::{IdHash, IdSecret};
 pub use master_key::{
-    BoxFuture, KekId, LocalMasterKey, MasterKey, MasterKeyError, id_secret_aad, rewrap, wrap_aad, wrapped_by,
+    BoxFuture, KekId, LocalMasterKey, MasterKey, MasterKeyError, id_secret_aad, node_key_aad, rewrap, wrap_aad,
+    wrapped_by,
 };
 pub use sealed::{OpenError, SEALED_OVERHEAD_BYTES};
 pub use sealed_id::{open_id, seal_id};
 pub use secret::Secret32;
+pub use signing::{PublicKey, Signature, SignatureError, SigningKey};
 pub use snapshot::{SnapshotPlace, open_snapshot, seal_snapshot};

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! master key --wraps--> data key of each entity --seals--> its commits, snapshots and id
-//!            \--wraps--> the store's id secret  --keys---> the id hashes
+//!            |--wraps--> the store's id secret  --keys---> the id hashes
+//!            \--wraps--> a node's signing key   --signs--> receipts
 //! ```
 //! Invariants: every wrapped blob starts with the format byte and the id of the key that wrapped it, whoever the
 //! provider is, so that a rotation finds its work without unwrapping; a wrapped secret opens only with the associated
@@ -21,7 +22,7 @@ use std::pin::Pin;
 pub use error::MasterKeyError;
 pub use kek_id::KekId;
 pub use local::LocalMasterKey;
-pub use wrapped::{id_secret_aad, wrap_aad, wrapped_by};
+pub use wrapped::{id_secret_aad, node_key_aad, wrap_aad, wrapped_by};
 
 use crate::secret::Secret32;
 
@@ -37,7 +38,8 @@ pub trait MasterKey: Send + Sync + fmt::Debug + 'static {
     /// The key that new wraps use.
     fn current(&self) -> KekId;
 
-    /// Wraps `secret` under the current key, bound to `aad` (see [`wrap_aad`] and [`id_secret_aad`]).
+    /// Wraps `secret` under the current key, bound to `aad` (see [`wrap_aad`], [`id_secret_aad`] and
+    /// [`node_key_aad`]).
     fn wrap<'a>(&'a self, secret: &'a Secret32, aad: &'a [u8]) -> BoxFuture<'a, Result<Vec<u8>, MasterKeyError>>;
 
     /// Unwraps what this or an older key of the provider wrapped with the same `aad`.

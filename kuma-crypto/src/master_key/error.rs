@@ -81,7 +81,7 @@ pub enum MasterKeyError {
     #[error("a wrapped key cannot be read; restore it from a key backup, or use the kuma that wrote it")]
     NotWrapped(#[from] OpenError),
     /// A provider outside the process (a KMS) failed.
-    #[error("the master key's provider failed; {}", if *retry_safe { "try again" } else { "a retry will not help" })]
+    #[error("the master key's provider failed and nothing was changed; {}", advice(*retry_safe))]
     Provider {
         /// What the provider said.
         source: Box<dyn Error + Send + Sync>,
@@ -96,6 +96,14 @@ pub enum MasterKeyError {
         /// What the system said.
         source: io::Error,
     },
+}
+
+fn advice(retry_safe: bool) -> &'static str {
+    if retry_safe {
+        "a retry is safe, see that the provider runs and can be reached"
+    } else {
+        "a retry will not help before the cause is mended"
+    }
 }
 
 /// The ids in a row, for a message.
@@ -120,7 +128,11 @@ mod tests {
     #[test]
     fn a_providers_failure_says_whether_to_retry_and_keeps_its_cause() {
         let timeout = MasterKeyError::Provider { source: "kms timed out".into(), retry_safe: true };
-        assert_eq!(timeout.to_string(), "the master key's provider failed; try again");
+        assert_eq!(
+            timeout.to_string(),
+            "the master key's provider failed and nothing was changed; a retry is safe, see that the provider runs and can be \
+             reached"
+        );
         assert_eq!(timeout.source().unwrap().to_string(), "kms timed out");
     }
 }

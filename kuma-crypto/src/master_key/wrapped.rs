@@ -32,6 +32,11 @@ pub fn id_secret_aad(context: &str) -> Vec<u8> {
     Aad::with_text(Purpose::IdSecretPlace, context).finish()
 }
 
+/// The associated data that binds a node's wrapped [`SigningKey`](crate::SigningKey) to the store `context`.
+pub fn node_key_aad(context: &str) -> Vec<u8> {
+    Aad::with_text(Purpose::NodeKeyPlace, context).finish()
+}
+
 /// Which master key wrapped a blob, without unwrapping it. Not authenticated until it is unwrapped.
 ///
 /// # Errors
@@ -123,6 +128,11 @@ mod tests {
     }
 
     #[test]
+    fn the_place_of_a_node_key_is_pinned() {
+        assert_eq!(hex::encode(node_key_aad("store")), "0701050073746f7265");
+    }
+
+    #[test]
     fn a_wrapped_key_opens_at_its_place_only() {
         let (id, kek) = kek();
         let aad = wrap_aad("store", HASH, KEY_ID);
@@ -133,6 +143,7 @@ mod tests {
             wrap_aad("store", IdHash([0x12; 16]), KEY_ID),
             wrap_aad("store", HASH, KeyId([0x23; 16])),
             id_secret_aad("store"),
+            node_key_aad("store"),
             Vec::new(),
         ];
         for aad in elsewhere {
