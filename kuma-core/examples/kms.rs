@@ -17,6 +17,7 @@ mod server;
 
 use std::{
     path::{Path, PathBuf},
+    process::ExitCode,
     time::Duration,
 };
 
@@ -80,12 +81,19 @@ impl Entity for Door {
 }
 
 #[tokio::main]
-pub(crate) async fn main() -> anyhow::Result<()> {
+pub(crate) async fn main() -> ExitCode {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn"));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
-    match Arguments::parse().role {
+    let outcome = match Arguments::parse().role {
         Role::Serve { key_file, socket, create } => server::serve(&key_file, &socket, create).await,
         Role::Demo { socket, data } => demo(&socket, &data).await,
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{error:#}");
+            ExitCode::FAILURE
+        }
     }
 }
 

@@ -269,7 +269,7 @@ impl EntityState {
                         Some(row) => Outcome::Committed(Version(row.version + u64::from(row.count) - 1)),
                         None => Outcome::NeverSeen,
                     });
-                    let _ = reply.send(outcome.map_err(|cause| self.unreadable(cause).into()));
+                    let _ = reply.send(outcome.map_err(|cause| self.unreadable(cause)));
                 }
                 Wait::Rebuild => self.rebuild().await,
                 Wait::Unload => self.unload().await,
@@ -314,8 +314,8 @@ impl EntityState {
         request.reply.send(outcome);
     }
 
-    fn unreadable(&self, cause: ReplayError) -> Unavailable {
-        Unavailable::Unreadable { entity: self.identity.hash, cause }
+    fn unreadable(&self, cause: ReplayError) -> ReadError {
+        ReadError::unreadable(self.identity.hash, cause)
     }
 
     fn decide(&mut self, request: WriteRequest, key: Option<AppendKeyHash>) -> Option<Wait> {

@@ -6,7 +6,7 @@ use std::time::Duration;
 use kuma_crypto::MasterKeyError;
 use kuma_shard::{CommitError, DataDirError, EntityHash, NotWritten, OpenError};
 
-use crate::Version;
+use crate::{ReceiptId, Version};
 
 /// The request itself cannot be granted. Nothing was written, and nothing will be however often it is repeated.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -146,10 +146,34 @@ pub enum Refused {
         kind: String,
     },
     /// The entity was erased.
-    #[error("entity {entity} was erased")]
+    #[error("entity {entity} was erased and nothing of it is left; `recreate` starts a new life under the same id")]
     Erased {
         /// The entity.
         entity: EntityHash,
+    },
+    /// Nothing was ever written to the entity, so that there is nothing to erase.
+    #[error("entity {entity} was never written to; there is nothing to erase")]
+    NeverWritten {
+        /// The entity.
+        entity: EntityHash,
+    },
+    /// Only what was erased can be given a new life.
+    #[error("entity {entity} was not erased; use it as it is")]
+    NotErased {
+        /// The entity.
+        entity: EntityHash,
+    },
+    /// The kind is the store's own.
+    #[error("the kind {kind} is the store's own: it can be read, but neither written to nor erased")]
+    ReservedKind {
+        /// The kind.
+        kind: String,
+    },
+    /// Whoever asks for an erasure has to say why.
+    #[error("the reason is refused: {detail}; say in 1 to 1024 bytes why, and by whom, without naming the person")]
+    InvalidReason {
+        /// What is wrong with it.
+        detail: &'static str,
     },
 }
 
@@ -223,6 +247,14 @@ pub enum Unavailable {
         /// The entity.
         entity: EntityHash,
     },
+    /// An erasure could not be begun.
+    #[error("entity {entity} could not be erased ({detail}); ask again")]
+    NotErased {
+        /// The entity.
+        entity: EntityHash,
+        /// What is in the way.
+        detail: String,
+    },
     /// The store is shutting down.
     #[error("the store is shutting down")]
     ShuttingDown,
@@ -260,6 +292,7 @@ fn advice(has_key: bool) -> &'static str {
 impl AppendError {
     pub(crate) fn from_commit(entity: EntityHash, error: CommitError, has_key: bool) -> Self {
         match error {
+            CommitError::NotWritten(NotWritten::Erased) => Refused::Erased { entity }.into(),
             CommitError::NotWritten(cause) => Unavailable::NotWritten { entity, cause }.into(),
             CommitError::Unknown { detail, .. } => AppendError::Unknown { entity, detail, has_key },
         }
@@ -287,7 +320,51 @@ pub enum ReadError {
     Unavailable(#[from] Unavailable),
 }
 
+impl ReadError {
+    /// Why an entity's events could not be had.
+    pub(crate) fn unreadable(entity: EntityHash, cause: impl Into<ReplayError>) -> Self {
+        match cause.into() {
+            ReplayError::Erased | ReplayError::Vault(VaultError::KeyDestroyed) => Refused::Erased { entity }.into(),
+            cause => Unavailable::Unreadable { entity, cause }.into(),
+        }
+    }
+}
+
 impl From<ReadError> for AppendError {
+    fn from(error: ReadError) -> Self {
+        match error {
+            ReadError::Refused(refused) => refused.into(),
+            ReadError::Unavailable(unavailable) => unavailable.into(),
+        }
+    }
+}
+
+/// Why an erasure did not come to its end.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum EraseError {
+    /// It cannot be granted. Nothing was erased.
+    #[error(transparent)]
+    Refused(#[from] Refused),
+    /// It could not be begun. Nothing was erased; ask again.
+    #[error(transparent)]
+    Unavailable(#[from] Unavailable),
+    /// It has begun and cannot be undone: the entity answers as erased already. What is left is done by the store itself, again and again until
+    /// it succeeds, also after a restart. Ask again for the receipt.
+    #[error(
+        "the erasure {receipt_id} of entity {entity} has begun and goes on by itself, but is not complete ({detail}); ask again for the receipt"
+    )]
+    Unfinished {
+        /// The entity.
+        entity: EntityHash,
+        /// The name of the erasure.
+        receipt_id: ReceiptId,
+        /// What is in the way.
+        detail: String,
+    },
+}
+
+impl From<ReadError> for EraseError {
     fn from(error: ReadError) -> Self {
         match error {
             ReadError::Refused(refused) => refused.into(),
@@ -306,6 +383,9 @@ pub enum ReplayError {
     /// The key.
     #[error(transparent)]
     Vault(#[from] VaultError),
+    /// They were erased, perhaps while they were being read.
+    #[error("it was erased")]
+    Erased,
     /// The sealed events were altered, or belong elsewhere.
     #[error("the commit at version {version} does not open with the entity's key; restore it from a backup")]
     DoesNotOpen {
@@ -382,6 +462,9 @@ pub enum VaultError {
         "keys.db does not have the entity's key, so that its events cannot be read; restore keys.db from its backup"
     )]
     KeyMissing,
+    /// The key was destroyed: the entity was erased.
+    #[error("the entity's key was destroyed when it was erased")]
+    KeyDestroyed,
     /// `keys.db` cannot be read.
     #[error(transparent)]
     Read(#[from] kuma_shard::ReadError),
@@ -412,14 +495,18 @@ pub enum StartError {
     #[error(transparent)]
     Open(#[from] OpenError),
     /// The master key.
-    #[error("no master key: {0}")]
+    #[error("no master key, without which nothing in the store can be read: {0}")]
     MasterKey(#[source] MasterKeyError),
     /// The master key is not the one that this store's keys are wrapped with.
     #[error("the master key does not open this store; use the one it was created with, nothing was changed")]
     WrongMasterKey(#[source] MasterKeyError),
-    /// `keys.db` could not be read or written.
-    #[error("keys.db could not be used")]
+    /// A key of the store could not be had: `keys.db` could not be read or written, or the master key's provider does not answer.
+    #[error("the store's own key could not be had, without which nothing in it can be read; no event was changed")]
     Vault(#[source] VaultError),
+    /// What is known of erased entities cannot be read, or a key of one that was there again could not be destroyed. An erased entity might be
+    /// served otherwise.
+    #[error("the erasures of this store could not be checked: {0}")]
+    Erasures(String),
     /// An actor could not be started.
     #[error("the store could not start its actors: {0}")]
     Actors(String),

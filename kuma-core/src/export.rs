@@ -15,7 +15,7 @@ use sha2::{Digest, Sha256};
 use tokio::io::{AsyncWrite, AsyncWriteExt};
 
 use crate::{
-    Direction, Entity, Handle, Kuma, RawHandle, ReadError, ReplayError, Unavailable, VaultError, Version,
+    Direction, Entity, Handle, Kuma, RawHandle, ReadError, Unavailable, VaultError, Version, audit,
     history::{self, CommitEvents, Span},
     kind::{DocumentKind, Kind},
     ndjson::{self, CommitSpan, EventHead, LINE_BYTES_MAX, Manifest, MetadataLine},
@@ -158,7 +158,8 @@ impl Kuma {
                         why: "its row does not match its checksum".to_owned(),
                     })?;
                     after = row.eid;
-                    if row.erased_at_us.is_none() {
+                    // Neither what is erased nor what only this store can write.
+                    if row.erased_at_us.is_none() && !core.is_erasing(row.id_hash) && !audit::is_reserved(&row.kind) {
                         export.entity(&self.handle_of(core, row).await?).await?;
                         progress(&export.progress);
                     }
@@ -174,10 +175,7 @@ impl Kuma {
     /// The handle of a stored entity.
     async fn handle_of(&self, core: &ShardCore, row: EntityRow) -> Result<RawHandle, ExportError> {
         let entity = row.id_hash;
-        let unreadable = |cause: VaultError| {
-            let cause = ReplayError::from(cause);
-            ReadError::from(Unavailable::Unreadable { entity, cause })
-        };
+        let unreadable = |cause: VaultError| ReadError::unreadable(entity, cause);
         let key = core.vault.key(entity, KeyId(row.key_id)).await.map_err(unreadable)?;
         let opener = Opener { row: Arc::new(row), key };
         let id = opener.id().map_err(|why| ExportError::Damaged {

@@ -25,6 +25,7 @@ use crate::{
     Append, AppendError, Command, Direction, Entity, Execute, History, Metadata, NewEvent, Outcome, ReadError,
     RecordedEvent, Refused, Unavailable, Version,
     actor::{Content, EntityMessage, WriteRequest},
+    audit,
     body::{Body, EncodedEvents, EventEncoder, Limits},
     identity::Identity,
     kind::{Decoded, Kind},
@@ -68,6 +69,8 @@ pub struct RawHandle {
     /// The actor that was found last.
     live: Arc<ArcSwapOption<Live>>,
     own: OwnAppends,
+    /// Whether it is the store's own, and may write to the store's own kinds.
+    is_privileged: bool,
 }
 
 #[derive(Clone)]
@@ -274,7 +277,30 @@ impl RawHandle {
             let identity = Arc::new(Identity::new(kind_name, id, store.ids())?);
             Ok(Who { kind, identity })
         });
-        RawHandle { store, who: who.map_err(Arc::new), live: Arc::default(), own: OwnAppends::default() }
+        RawHandle {
+            store,
+            who: who.map_err(Arc::new),
+            live: Arc::default(),
+            own: OwnAppends::default(),
+            is_privileged: false,
+        }
+    }
+
+    pub(crate) fn privileged(self) -> Self {
+        RawHandle { is_privileged: true, ..self }
+    }
+
+    /// Whether the entity may be written to and erased by whoever has this handle.
+    pub(crate) fn check_writable(&self) -> Result<(), Refused> {
+        let kind = self.who()?.kind.name();
+        match audit::is_reserved(kind) && !self.is_privileged {
+            true => Err(Refused::ReservedKind { kind: kind.to_string() }),
+            false => Ok(()),
+        }
+    }
+
+    pub(crate) fn store(&self) -> &Arc<Inner> {
+        &self.store
     }
 
     /// The short name of the entity in logs and errors; none if its kind or id is refused.
@@ -450,6 +476,7 @@ impl RawHandle {
 
     /// Hands a write to the entity's actor. Where the answer will come from, and for which entity.
     pub(crate) async fn submit(&self, write: Write) -> Result<Answer, AppendError> {
+        self.check_writable()?;
         let Write { content, expected, metadata, retry, link } = write;
         let Who { identity, .. } = self.who()?;
         let core = self.store.core(identity)?;
@@ -508,7 +535,7 @@ impl RawHandle {
         let Who { kind, identity } = self.who()?;
         let core = self.core()?;
         let entity = identity.hash;
-        let unreadable = |cause| ReadError::from(Unavailable::Unreadable { entity, cause });
+        let unreadable = |cause| ReadError::unreadable(entity, cause);
         let past = match self.opener().await? {
             Some(opener) => replay::past(core, &**kind, &opener, until).await,
             None => replay::Past::first(&**kind),
@@ -538,7 +565,7 @@ impl RawHandle {
             }
         }
         // What cannot be folded can still be listed.
-        replay::find(core, identity).await.map_err(|cause| Unavailable::Unreadable { entity, cause }.into())
+        replay::find(core, identity).await.map_err(|cause| ReadError::unreadable(entity, cause))
     }
 
     fn json(&self, Durable { state, version }: Durable) -> Result<(serde_json::Value, Version), ReadError> {

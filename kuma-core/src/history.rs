@@ -19,7 +19,7 @@ use kuma_shard::LogRow;
 use serde_bytes::Bytes;
 
 use crate::{
-    RawHandle, ReadError, RecordedEvent, ReplayError, Unavailable, Version,
+    RawHandle, ReadError, RecordedEvent, ReplayError, Version,
     body::{Body, split},
     kind::Kind,
     replay::{Opener, next_page_rows},
@@ -125,7 +125,7 @@ pub(crate) fn commits(
             Cursor::Done => return Ok(None),
         };
         let entity = open.opener.row.id_hash;
-        let page = open.page().await.map_err(|cause| Unavailable::Unreadable { entity, cause })?;
+        let page = open.page().await.map_err(|cause| ReadError::unreadable(entity, cause))?;
         let next = if open.is_done { Cursor::Done } else { Cursor::Open(open) };
         Ok::<_, ReadError>(Some((stream::iter(page.into_iter().map(Ok)), next)))
     });
@@ -162,7 +162,7 @@ impl OpenCursor {
             // Commits have no fixed length: start at the newest one that begins at or before the first version wanted.
             Direction::Forward => match core.shard.commit_before(&opener.row, span.first).await {
                 Ok(first) => first.saturating_sub(1),
-                Err(error) => return Err(Unavailable::Unreadable { entity, cause: error.into() }.into()),
+                Err(error) => return Err(ReadError::unreadable(entity, error)),
             },
             Direction::Backward => span.last.saturating_add(1).min(i64::MAX.unsigned_abs()),
         };

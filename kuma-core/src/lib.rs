@@ -40,9 +40,12 @@
 
 mod actor;
 mod append;
+mod audit;
 mod body;
 mod command;
 mod entity;
+mod erase;
+mod erasure;
 mod error;
 mod evolution;
 mod execute;
@@ -56,6 +59,7 @@ mod live;
 mod ndjson;
 mod observe;
 mod options;
+mod receipt;
 mod replay;
 mod reply;
 mod restart;
@@ -76,9 +80,11 @@ mod vault;
 mod verify;
 
 pub use append::{Append, Appended, Pending};
+pub use audit::{AuditEvent, AuditLog};
 pub use command::{Command, ExecuteError, Executed};
 pub use entity::{Entity, Metadata, NewEvent, RecordedEvent, Version};
-pub use error::{AppendError, ReadError, Refused, ReplayError, StartError, Unavailable, VaultError};
+pub use erase::ErasedMany;
+pub use error::{AppendError, EraseError, ReadError, Refused, ReplayError, StartError, Unavailable, VaultError};
 pub use evolution::Upcasters;
 pub use execute::{Execute, Executing};
 pub use export::{ExportError, ExportProgress};
@@ -86,12 +92,13 @@ pub use handle::{Current, Handle, RawHandle};
 pub use history::{Direction, History};
 pub use identity::slot_of;
 pub use import::{Import, ImportError, ImportProblem, ImportProgress, ImportReport};
-pub use kuma_crypto::{LocalMasterKey, MasterKey, MasterKeyError};
+pub use kuma_crypto::{LocalMasterKey, MasterKey, MasterKeyError, PublicKey};
 pub use kuma_shard::{
     CommitError, DataDirError, Durability, EntityHash, NotWritten, OpenError, ShardReport, Slot, StatsView,
 };
 pub use ndjson::{LineProblem, Manifest};
 pub use options::{MasterKeySource, Options};
+pub use receipt::{LastBackups, Reason, Receipt, ReceiptError, ReceiptId, Statement, StoreOutcome};
 pub use retry::Outcome;
 pub use scrub::ScrubStats;
 pub use sequence::Sequence;

@@ -55,6 +55,10 @@ pub(crate) struct CoreMetrics {
     ignored: [(Misfit, Counter); 5],
     pub(crate) snapshots_ignored: Tally,
     pub(crate) snapshots_skipped: Tally,
+    pub(crate) erasures_completed: Counter,
+    pub(crate) erasures_interrupted: Counter,
+    pub(crate) erasures_unfinished: Gauge,
+    pub(crate) erase_seconds: Histogram,
     pub(crate) scrub: ScrubMetrics,
 }
 
@@ -96,6 +100,10 @@ impl CoreMetrics {
             }),
             snapshots_ignored: Tally::new(Counter::noop()),
             snapshots_skipped: Tally::new(counter!("kuma_snapshots_skipped_total", "store" => store())),
+            erasures_completed: counter!("kuma_erasures_total", "store" => store(), "result" => "completed"),
+            erasures_interrupted: counter!("kuma_erasures_total", "store" => store(), "result" => "interrupted"),
+            erasures_unfinished: gauge!("kuma_erasures_unfinished", "store" => store()),
+            erase_seconds: histogram!("kuma_erase_seconds", "store" => store()),
             scrub: ScrubMetrics {
                 commits: Tally::new(counter!("kuma_scrub_commits_total", "store" => store())),
                 bytes: Tally::new(counter!("kuma_scrub_bytes_total", "store" => store())),
@@ -144,6 +152,9 @@ fn describe() {
     describe_counter!("kuma_entity_failures_total", "Failures that count towards a quarantine");
     describe_counter!("kuma_snapshots_ignored_total", "Snapshots that did not fit; the entity was replayed");
     describe_counter!("kuma_snapshots_skipped_total", "Snapshots that were due and not made");
+    describe_counter!("kuma_erasures_total", "Erasures that were completed, or interrupted and go on by themselves");
+    describe_gauge!("kuma_erasures_unfinished", "Erasures that have begun and are not complete");
+    describe_histogram!("kuma_erase_seconds", Unit::Seconds, "From the tombstone to the receipt");
     describe_counter!("kuma_scrub_commits_total", "Commits read and verified in the background");
     describe_counter!("kuma_scrub_bytes_total", Unit::Bytes, "Bytes of commits read and verified in the background");
     describe_counter!("kuma_scrub_bad_rows_total", "Damaged rows that the scrub found");

@@ -16,7 +16,7 @@ use kuma_crypto::{AppendKeyHash, CommitPlace, DataKey, IdHash, KeyId, hash_appen
 use kuma_shard::{CopyId, EntityRow, LogRow, Shard};
 
 use crate::{
-    ReadError, Refused, ReplayError, Unavailable, Version,
+    ReadError, Refused, ReplayError, Version,
     body::Body,
     identity::Identity,
     kind::{Kind, State},
@@ -73,7 +73,7 @@ pub(crate) async fn replay(core: &ShardCore, kind: &dyn Kind, identity: &Identit
     match find_and_fold(core, kind, identity).await {
         Ok(Some(replayed)) => Ok(replayed),
         Ok(None) => Err(Refused::Erased { entity }.into()),
-        Err(cause) => Err(Unavailable::Unreadable { entity, cause }.into()),
+        Err(cause) => Err(ReadError::unreadable(entity, cause)),
     }
 }
 
@@ -87,7 +87,7 @@ async fn find_and_fold(
         let cost = ReplayCost::default();
         return Ok(Some(Replayed { opener: None, past, cost, snapshot_bytes: 0, misfit: false }));
     };
-    if row.erased_at_us.is_some() {
+    if row.erased_at_us.is_some() || core.is_erasing(identity.hash) {
         return Ok(None);
     }
     if row.kind == *kind.name() {
@@ -295,6 +295,9 @@ impl Until {
 /// What it takes to read the entity's events without folding them; none if it was never written.
 pub(crate) async fn find(core: &ShardCore, identity: &Identity) -> Result<Option<Opener>, ReplayError> {
     let Some(row) = core.shard.find_entity(CopyId::GENESIS, identity.hash).await? else { return Ok(None) };
+    if row.erased_at_us.is_some() || core.is_erasing(identity.hash) {
+        return Err(ReplayError::Erased);
+    }
     let key = core.vault.key(identity.hash, KeyId(row.key_id)).await?;
     Ok(Some(Opener { row: Arc::new(row), key }))
 }
@@ -356,8 +359,11 @@ impl Opener {
         Ok((rows, is_last))
     }
 
-    /// The plaintext of a commit.
+    /// The plaintext of a commit that was not erased.
     pub(crate) fn open(&self, row: &LogRow) -> Result<Vec<u8>, ReplayError> {
+        if row.is_stub() {
+            return Err(ReplayError::Erased);
+        }
         open_commit(&self.key, &self.place(row), &row.body)
             .map_err(|_| ReplayError::DoesNotOpen { version: Version(row.version) })
     }

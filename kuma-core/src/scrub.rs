@@ -182,6 +182,13 @@ impl ScrubState {
 
     /// What is wrong with a row that matches its checksum, if anything.
     async fn check(&mut self, core: &ShardCore, entity: &EntityRow, row: &LogRow) -> Result<(), String> {
+        if row.is_stub() && entity.erased_at_us.is_some() || core.is_erasing(entity.id_hash) {
+            self.openers.remove(&(core.shard.number(), entity.eid));
+            return Ok(());
+        }
+        if row.is_stub() || entity.erased_at_us.is_some() {
+            return Err("does not fit its entity, of which all or nothing is erased".to_owned());
+        }
         if !core.vault.is_local() {
             return Ok(());
         }
@@ -195,6 +202,7 @@ impl ScrubState {
                 let key = match core.vault.key(entity.id_hash, KeyId(entity.key_id)).await {
                     Ok(key) => key,
                     Err(error @ crate::VaultError::KeyMissing) => return Err(error.to_string()),
+                    // It was erased while its page was looked at.
                     // A store that is closing says nothing about the row.
                     Err(_) => return Ok(()),
                 };

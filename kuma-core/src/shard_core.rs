@@ -1,12 +1,12 @@
 //! What the actors of one shard share.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     sync::Arc,
     time::{Duration, Instant},
 };
 
-use kuma_shard::{Activation, EntityHash, Shard, Submission};
+use kuma_shard::{Activation, EntityHash, NodeStore, Shard, Submission};
 use parking_lot::Mutex;
 use ractor::ActorRef;
 use tokio::sync::oneshot;
@@ -51,6 +51,30 @@ pub(crate) struct StoreParts {
     pub(crate) settings: Settings,
     pub(crate) metrics: Arc<CoreMetrics>,
     pub(crate) snapshotter: Snapshotter,
+    pub(crate) node: NodeStore,
+    pub(crate) erasing: Erasing,
+}
+
+/// The entities whose erasure is not finished. Their events may still be there, and are nobody's any more.
+#[derive(Clone, Default)]
+pub(crate) struct Erasing(Arc<Mutex<HashSet<EntityHash>>>);
+
+impl Erasing {
+    pub(crate) fn add(&self, entity: EntityHash) {
+        self.0.lock().insert(entity);
+    }
+
+    pub(crate) fn remove(&self, entity: EntityHash) {
+        self.0.lock().remove(&entity);
+    }
+
+    pub(crate) fn contains(&self, entity: EntityHash) -> bool {
+        self.0.lock().contains(&entity)
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.0.lock().len()
+    }
 }
 
 /// One open shard with all that its entities need.
@@ -61,6 +85,7 @@ pub(crate) struct ShardCore {
     pub(crate) settings: Settings,
     pub(crate) metrics: Arc<CoreMetrics>,
     pub(crate) snapshotter: Snapshotter,
+    erasing: Erasing,
     /// Which entities are in memory. Changed by the shard's entity supervisor alone: an entity has one actor because that actor
     /// has one maker.
     pub(crate) directory: Mutex<HashMap<EntityHash, Entry>>,
@@ -71,7 +96,7 @@ pub(crate) struct ShardCore {
 
 impl ShardCore {
     pub(crate) fn new(shard: Shard, store: StoreParts) -> Self {
-        let StoreParts { vault, settings, metrics, snapshotter } = store;
+        let StoreParts { vault, settings, metrics, snapshotter, erasing, .. } = store;
         ShardCore {
             shard,
             vault,
@@ -79,10 +104,16 @@ impl ShardCore {
             settings,
             metrics,
             snapshotter,
+            erasing,
             directory: Mutex::default(),
             failures: Mutex::default(),
             supervisor: Mutex::default(),
         }
+    }
+
+    /// Whether the entity's erasure has begun and is not finished.
+    pub(crate) fn is_erasing(&self, entity: EntityHash) -> bool {
+        self.erasing.contains(entity)
     }
 
     /// The live entity, if it is in memory and not leaving.

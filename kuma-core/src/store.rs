@@ -4,13 +4,14 @@ use std::{
     any::TypeId,
     collections::HashMap,
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicBool, Ordering::Relaxed},
     },
 };
 
 use kuma_shard::{
-    DataDir, Durability, EntityHash, FileOptions, KeyStore, Shard, ShardOptions, StatsView, missing_build_settings,
+    DataDir, DiskId, Durability, EntityHash, FileOptions, KeyStore, NodeStore, Shard, ShardOptions, Slot, StatsView,
+    missing_build_settings,
 };
 use parking_lot::RwLock;
 use ractor::{Actor, ActorRef};
@@ -19,13 +20,14 @@ use tokio::sync::{OnceCell, oneshot};
 use crate::{
     Entity, Handle, Options, RawHandle, Refused, StartError, Unavailable, VaultError,
     body::Limits,
+    erasure::{Eraser, EraserMessage, EraserState},
     identity::Identity,
     kind::{DocumentKind, Kind, TypedKind},
     live::Clock,
     observe::CoreMetrics,
     root::{Root, RootMessage},
     scrub::{NextPage, Scrub, ScrubArguments, ScrubStats},
-    shard_core::{Entry, Settings, ShardCore, StoreParts},
+    shard_core::{Entry, Erasing, Settings, ShardCore, StoreParts},
     snapshotter::Snapshotter,
     supervisor::SupervisorMessage,
     vault::Vault,
@@ -61,6 +63,8 @@ struct Parts {
     common: StoreParts,
     /// None if it is turned off.
     scrub: Option<ActorRef<NextPage>>,
+    /// Absent for a moment, while the store is being opened.
+    eraser: OnceLock<ActorRef<EraserMessage>>,
     root: ActorRef<RootMessage>,
     closing: AtomicBool,
     shut_down: OnceCell<()>,
@@ -93,6 +97,8 @@ pub struct Stats {
     pub shards: Vec<ShardStats>,
     /// The writer of `keys.db`.
     pub keys: StatsView,
+    /// Erasures that have begun and are not complete.
+    pub erasures_unfinished: usize,
     /// Snapshots that did not fit and were ignored, since the store was opened: of older code, or damaged.
     pub snapshots_ignored: u64,
     /// Snapshots that were due and not made, since the store was opened: too many at once, or a state that cannot be saved.
@@ -138,6 +144,7 @@ impl Kuma {
         let shards: Vec<ShardOptions> = (0..data_dir.shards()).map(shard_options).collect();
         if is_new {
             KeyStore::create(data_dir.path().to_owned(), data_dir.disk_id(), &file).await?;
+            NodeStore::create(data_dir.path().to_owned(), data_dir.disk_id(), &file).await?;
             for shard in &shards {
                 Shard::create(shard).await?;
             }
@@ -157,7 +164,7 @@ impl Kuma {
         let scrub = match start_scrub(&options, &shards, &root).await {
             Ok(scrub) => scrub,
             Err(error) => {
-                close(&shards, &common.vault.keys).await;
+                close(&shards, &common.vault.keys, Some(&common.node)).await;
                 root.stop(None);
                 return Err(error);
             }
@@ -169,12 +176,18 @@ impl Kuma {
             shards,
             common,
             scrub,
+            eraser: OnceLock::new(),
             root,
             closing: AtomicBool::new(false),
             shut_down: OnceCell::new(),
             data_dir,
         };
-        Ok(Kuma { inner: Arc::new(Inner { limits: options.limits, parts: Arc::new(parts), kinds: RwLock::default() }) })
+        let inner = Arc::new(Inner { limits: options.limits, parts: Arc::new(parts), kinds: RwLock::default() });
+        if let Err(error) = inner.start_eraser().await {
+            inner.parts.clone().shut_down().await;
+            return Err(error);
+        }
+        Ok(Kuma { inner })
     }
 
     /// The handle of an entity. No I/O: the entity is activated on its first use. An id or kind that cannot be is refused then.
@@ -229,6 +242,7 @@ impl Kuma {
             durability: parts.durability,
             shards,
             keys: parts.common.vault.keys.stats(),
+            erasures_unfinished: parts.common.erasing.len(),
             snapshots_ignored: metrics.snapshots_ignored.count(),
             snapshots_skipped: metrics.snapshots_skipped.count(),
             scrub: ScrubStats {
@@ -268,7 +282,7 @@ impl Kuma {
     }
 
     pub(crate) fn vault(&self) -> &Arc<Vault> {
-        &self.inner.parts.common.vault
+        self.inner.vault()
     }
 }
 
@@ -295,6 +309,21 @@ async fn open_parts(
             });
         }
     };
+    let node = match open_node(data_dir, &file, &vault, root).await {
+        Ok(node) => node,
+        Err(error) => {
+            keys.stop().await;
+            return Err(error);
+        }
+    };
+    let erasing = Erasing::default();
+    match node.unfinished().await {
+        Ok(unfinished) => unfinished.iter().for_each(|tombstone| erasing.add(tombstone.id_hash)),
+        Err(error) => {
+            close(&[], &keys, Some(&node)).await;
+            return Err(StartError::Erasures(error.to_string()));
+        }
+    }
     let settings = Settings {
         idle_ms: Clock::ms(options.idle_timeout),
         memory_bytes_max: options.memory_budget / shards.len().max(1),
@@ -306,12 +335,12 @@ async fn open_parts(
     let snapshotter = match Snapshotter::start(root.get_cell()).await {
         Ok(snapshotter) => snapshotter,
         Err(error) => {
-            keys.stop().await;
+            close(&[], &keys, Some(&node)).await;
             return Err(StartError::Actors(error.to_string()));
         }
     };
     let metrics = Arc::new(CoreMetrics::new(&options.context));
-    let parts = StoreParts { vault, settings, metrics, snapshotter };
+    let parts = StoreParts { vault, settings, metrics, snapshotter, node: node.clone(), erasing };
     let mut slots = Vec::new();
     let mut first_damage = None;
     for shard in shards {
@@ -323,27 +352,74 @@ async fn open_parts(
                 first_damage.get_or_insert(error);
             }
             Err(error) => {
-                close(&slots, &keys).await;
+                close(&slots, &keys, Some(&node)).await;
                 return Err(error);
             }
         }
     }
     match first_damage {
         Some(error) if slots.iter().all(|slot| matches!(slot, ShardSlot::OutOfUse(_))) => {
-            close(&slots, &keys).await;
+            close(&slots, &keys, Some(&node)).await;
             Err(error.into())
         }
         _ => Ok((parts, slots)),
     }
 }
 
-async fn close(slots: &[ShardSlot], keys: &KeyStore) {
+/// Opens `node.db`, and sees to it that no key of an erased entity is there again.
+async fn open_node(
+    data_dir: &DataDir,
+    file: &FileOptions,
+    vault: &Vault,
+    root: &ActorRef<RootMessage>,
+) -> Result<NodeStore, StartError> {
+    let node = NodeStore::open(data_dir.path().to_owned(), data_dir.disk_id(), file, root.get_cell()).await?;
+    match destroy_again(&node, &vault.keys).await {
+        Ok(0) => Ok(node),
+        Ok(keys) => {
+            tracing::error!(
+                keys,
+                "keys of erased entities were there again (keys.db was put back from a copy?); they were destroyed"
+            );
+            Ok(node)
+        }
+        Err(error) => {
+            node.stop().await;
+            Err(StartError::Erasures(error))
+        }
+    }
+}
+
+/// Destroys every key that there is a tombstone of; returns how many were not.
+async fn destroy_again(node: &NodeStore, keys: &KeyStore) -> Result<usize, String> {
+    let (mut after, mut destroyed) = (0, 0);
+    loop {
+        let page = node.tombstones(after, 1024).await.map_err(|error| error.to_string())?;
+        let Some((last, _)) = page.last() else { break };
+        after = *last;
+        let key_ids: Vec<[u8; 16]> = page.iter().map(|(_, tombstone)| tombstone.key_id).collect();
+        let alive = keys.alive(&key_ids).await.map_err(|error| error.to_string())?;
+        destroyed += alive.len();
+        if !alive.is_empty() {
+            keys.destroy(alive).await.map_err(|error| error.to_string())?;
+        }
+    }
+    if destroyed > 0 {
+        keys.truncate_log().await.map_err(|error| error.to_string())?;
+    }
+    Ok(destroyed)
+}
+
+async fn close(slots: &[ShardSlot], keys: &KeyStore, node: Option<&NodeStore>) {
     for slot in slots {
         if let ShardSlot::Open(core) = slot {
             core.shard.stop().await;
         }
     }
     keys.stop().await;
+    if let Some(node) = node {
+        node.stop().await;
+    }
 }
 
 async fn open_shard(
@@ -393,6 +469,58 @@ async fn report(options: &Options, data_dir: &DataDir, is_new: bool) {
 }
 
 impl Inner {
+    /// Starts the eraser, which goes on with what is not finished.
+    async fn start_eraser(self: &Arc<Self>) -> Result<(), StartError> {
+        let StoreParts { node, erasing, .. } = &self.parts.common;
+        let state = EraserState::new(Arc::downgrade(self), node.clone(), erasing.clone(), erasing.len() > 0);
+        let spawned = Actor::spawn_linked(None, Eraser, state, self.parts.root.get_cell()).await;
+        let (eraser, _) = spawned.map_err(|error| StartError::Actors(error.to_string()))?;
+        // There is only this one.
+        let _ = self.parts.eraser.set(eraser);
+        Ok(())
+    }
+
+    pub(crate) fn eraser(&self) -> Option<&ActorRef<EraserMessage>> {
+        self.parts.eraser.get()
+    }
+
+    pub(crate) fn vault(&self) -> &Arc<Vault> {
+        &self.parts.common.vault
+    }
+
+    pub(crate) fn node(&self) -> &NodeStore {
+        &self.parts.common.node
+    }
+
+    pub(crate) fn erasing(&self) -> &Erasing {
+        &self.parts.common.erasing
+    }
+
+    pub(crate) fn metrics(&self) -> &CoreMetrics {
+        &self.parts.common.metrics
+    }
+
+    pub(crate) fn context(&self) -> &str {
+        &self.parts.context
+    }
+
+    pub(crate) fn disk_id(&self) -> DiskId {
+        self.parts.data_dir.disk_id()
+    }
+
+    /// Microseconds since 1970, by the store's clock.
+    pub(crate) fn now_us(&self) -> i64 {
+        self.parts.common.settings.wall_clock.now_us()
+    }
+
+    /// The shard of a slot, unless it is out of use.
+    pub(crate) fn core_of_slot(&self, slot: Slot) -> Option<Arc<ShardCore>> {
+        match self.parts.shards.get(usize::from(slot.shard(self.parts.data_dir.shards())))? {
+            ShardSlot::Open(core) => Some(core.clone()),
+            ShardSlot::OutOfUse(_) => None,
+        }
+    }
+
     pub(crate) fn ids(&self) -> &kuma_crypto::IdSecret {
         &self.parts.common.vault.ids
     }
@@ -448,6 +576,10 @@ impl Parts {
         if self.root.cast(RootMessage::Stopping { noted }).is_ok() {
             let _ = stopping.await;
         }
+        if let Some(eraser) = self.eraser.get() {
+            // What it is at comes to its end, or is gone on with when the store is opened again.
+            let _ = eraser.stop_and_wait(None, None).await;
+        }
         if let Some(scrub) = &self.scrub {
             // It holds on to the shards.
             let _ = scrub.stop_and_wait(None, None).await;
@@ -464,6 +596,7 @@ impl Parts {
             core.shard.stop().await;
         }
         self.common.vault.keys.stop().await;
+        self.common.node.stop().await;
         self.root.stop(None);
         self.data_dir.release();
         tracing::info!(path = %self.data_dir.path().display(), "the store is closed");

@@ -6,19 +6,24 @@
 
 use std::{sync::Arc, time::SystemTime};
 
-use kuma_crypto::{DataKey, IdHash, IdSecret, KeyId, MasterKey, Secret32, id_secret_aad, wrap_aad};
+use kuma_crypto::{
+    DataKey, IdHash, IdSecret, KeyId, MasterKey, Secret32, SigningKey, id_secret_aad, node_key_aad, wrap_aad,
+};
 use kuma_shard::{EntityHash, KeyRow, KeyStore};
 
 use crate::{VaultError, micros};
 
 /// Under this name `keys.db` holds the secret that keys the id hashes.
 const ID_SECRET: &str = "id_secret";
+/// And under this one the key that signs receipts.
+const NODE_KEY: &str = "node_key";
 
 pub(crate) struct Vault {
     pub(crate) keys: KeyStore,
     master: Arc<dyn MasterKey>,
     context: String,
     pub(crate) ids: IdSecret,
+    node_key: SigningKey,
 }
 
 impl Vault {
@@ -40,7 +45,17 @@ impl Vault {
             }
             None => return Err(VaultError::KeyMissing),
         };
-        Ok(Vault { keys, master, context, ids })
+        let aad = node_key_aad(&context);
+        let node_key = match keys.secret(NODE_KEY).await? {
+            Some(wrapped) => SigningKey::from(master.unwrap(&wrapped, &aad).await?),
+            None if is_new => {
+                let node_key = SigningKey::generate();
+                keys.put_secret(NODE_KEY, master.wrap(node_key.as_ref(), &aad).await?).await?;
+                node_key
+            }
+            None => return Err(VaultError::KeyMissing),
+        };
+        Ok(Vault { keys, master, context, ids, node_key })
     }
 
     /// A new key for an entity; durable when this returns.
@@ -52,9 +67,17 @@ impl Vault {
         Ok((key_id, key))
     }
 
+    /// What signs receipts.
+    pub(crate) fn node_key(&self) -> &SigningKey {
+        &self.node_key
+    }
+
     /// The key with this name.
     pub(crate) async fn key(&self, entity: EntityHash, key_id: KeyId) -> Result<DataKey, VaultError> {
         let row = self.keys.get(key_id.0).await?.ok_or(VaultError::KeyMissing)?;
+        if row.is_destroyed() {
+            return Err(VaultError::KeyDestroyed);
+        }
         Ok(DataKey::from(self.master.unwrap(&row.wrapped, &self.aad(entity, key_id)).await?))
     }
 
@@ -67,18 +90,19 @@ impl Vault {
     /// started again: a key is under one master key or the other, and both open it until the older one is taken away.
     pub(crate) async fn rewrap_all(&self) -> Result<u64, VaultError> {
         let (mut after, mut rewrapped) = (0, 0);
-        let aad = id_secret_aad(&self.context);
-        if let Some(wrapped) = self.keys.secret(ID_SECRET).await?
-            && let Some(anew) = kuma_crypto::rewrap(&*self.master, &wrapped, &aad).await?
-        {
-            self.keys.put_secret(ID_SECRET, anew).await?;
+        for (name, aad) in [(ID_SECRET, id_secret_aad(&self.context)), (NODE_KEY, node_key_aad(&self.context))] {
+            if let Some(wrapped) = self.keys.secret(name).await?
+                && let Some(anew) = kuma_crypto::rewrap(&*self.master, &wrapped, &aad).await?
+            {
+                self.keys.put_secret(name, anew).await?;
+            }
         }
         loop {
             let page = self.keys.page(after, 256).await?;
             let Some((last, _)) = page.last_key_value() else { return Ok(rewrapped) };
             after = *last;
             let mut changes = Vec::new();
-            for row in page.values() {
+            for row in page.values().filter(|row| !row.is_destroyed()) {
                 let aad = self.aad(row.id_hash, KeyId(row.key_id));
                 if let Some(anew) = kuma_crypto::rewrap(&*self.master, &row.wrapped, &aad).await? {
                     changes.push(self.keys.rewrap(row.key_id, anew));

@@ -46,8 +46,12 @@ pub struct Verification {
     pub shards: Vec<ShardVerification>,
     /// Keys in `keys.db`.
     pub keys: u64,
+    /// Keys of erased entities, of which only the names are left.
+    pub keys_destroyed: u64,
     /// Damage in `keys.db`.
     pub keys_damage: Vec<String>,
+    /// Damage in `node.db`.
+    pub node_damage: Vec<String>,
     /// Keys that no entity has: what a crash between storing a new key and its first commit leaves behind. Harmless.
     pub keys_without_entity: u64,
     /// How many events of each name and schema version there are: what the code that reads this store must know
@@ -59,7 +63,7 @@ impl Verification {
     /// Whether everything is as it was committed.
     pub fn is_clean(&self) -> bool {
         let clean = |shard: &ShardVerification| shard.outcome.as_ref().is_ok_and(ShardReport::is_clean);
-        self.keys_damage.is_empty() && self.shards.iter().all(clean)
+        self.keys_damage.is_empty() && self.node_damage.is_empty() && self.shards.iter().all(clean)
     }
 
     /// Entities, commits and events seen.
@@ -114,9 +118,21 @@ impl Kuma {
             shards.push(ShardVerification { shard, outcome });
         }
         let mut keys_without_entity = 0;
-        let report =
-            self.vault().keys.verify(|row| keys_without_entity += u64::from(!used_keys.contains(&row.key_id))).await?;
-        Ok(Verification { shards, keys: report.keys, keys_damage: report.damage, keys_without_entity, event_names })
+        let report = self
+            .vault()
+            .keys
+            .verify(|row| keys_without_entity += u64::from(!row.is_destroyed() && !used_keys.contains(&row.key_id)))
+            .await?;
+        let node_damage = self.inner.node().verify().await?;
+        Ok(Verification {
+            shards,
+            keys: report.keys,
+            keys_destroyed: report.destroyed,
+            keys_damage: report.damage,
+            node_damage,
+            keys_without_entity,
+            event_names,
+        })
     }
 }
 
@@ -133,6 +149,12 @@ struct KeyCheck<'a, F> {
 
 impl<F: FnMut() + Send> CommitCheck for KeyCheck<'_, F> {
     async fn check(&mut self, row: &EntityRow, commit: &LogRow) -> Result<(), String> {
+        if self.core.is_erasing(row.id_hash) {
+            return Ok(());
+        }
+        if row.erased_at_us.is_some() {
+            return Err("it was erased, and a commit of it is still there".to_owned());
+        }
         if self.openers.len() >= KEYS_MAX {
             self.openers.clear();
         }

@@ -11,7 +11,7 @@
 use std::sync::Arc;
 
 use parking_lot::Mutex;
-use sqlx::{Row, SqliteConnection};
+use sqlx::{Row, SqliteConnection, sqlite::SqliteRow};
 use tokio::sync::oneshot;
 
 use crate::{
@@ -107,6 +107,24 @@ impl Shard {
         Ok(rows)
     }
 
+    /// How many stubs an erased entity has, and how many events they stand for.
+    ///
+    /// # Errors
+    /// The file cannot be read.
+    pub async fn stubs(&self, entity: &EntityRow) -> Result<(u64, u64), ReadError> {
+        self.check_readable()?;
+        let row = sqlx::query(
+            "SELECT count(*), coalesce(sum(log.count), 0) FROM log_index
+             CROSS JOIN log ON log.position = log_index.position WHERE log_index.eid = ? AND log.body = x''",
+        )
+        .bind(entity.eid)
+        .fetch_one(&self.database().readers)
+        .await;
+        let number = |row: &SqliteRow, index| row.try_get::<i64, _>(index).map(i64::cast_unsigned);
+        let counted = row.and_then(|row| Ok((number(&row, 0)?, number(&row, 1)?)));
+        counted.map_err(|error| self.read_error(error))
+    }
+
     /// Every life of the entity with this hash, newest first.
     ///
     /// # Errors
@@ -171,15 +189,7 @@ pub(crate) async fn stub(connection: &mut SqliteConnection, entity: &EntityRow, 
     if rows.is_empty() {
         return Ok(());
     }
-    let stubs: Vec<String> =
-        rows.iter().map(|row| format!("[{},{}]", row.row.position, row.after.checksum())).collect();
-    sqlx::query(
-        "UPDATE log SET at = 0, append_key = NULL, body = x'', checksum = stub.value ->> 1
-         FROM json_each(?) AS stub WHERE log.position = stub.value ->> 0",
-    )
-    .bind(format!("[{}]", stubs.join(",")))
-    .execute(&mut *connection)
-    .await?;
+    empty(connection, rows).await?;
     let keys: Vec<String> = rows
         .iter()
         .filter_map(|row| row.row.append_key.as_deref())
@@ -192,6 +202,20 @@ pub(crate) async fn stub(connection: &mut SqliteConnection, entity: &EntityRow, 
             .execute(connection)
             .await?;
     }
+    Ok(())
+}
+
+/// Turns rows into stubs where they stand.
+pub(crate) async fn empty(connection: &mut SqliteConnection, rows: &[Stubbed]) -> sqlx::Result<()> {
+    let stubs: Vec<String> =
+        rows.iter().map(|row| format!("[{},{}]", row.row.position, row.after.checksum())).collect();
+    sqlx::query(
+        "UPDATE log SET at = 0, append_key = NULL, body = x'', checksum = stub.value ->> 1
+         FROM json_each(?) AS stub WHERE log.position = stub.value ->> 0",
+    )
+    .bind(format!("[{}]", stubs.join(",")))
+    .execute(connection)
+    .await?;
     Ok(())
 }
 

@@ -326,6 +326,25 @@ impl KeyStore {
         KeyRow::from_row(&row).map_err(|error| self.read_error(error))
     }
 
+    /// Those of these keys that are there and not destroyed.
+    ///
+    /// # Errors
+    /// The file cannot be read.
+    pub async fn alive(&self, key_ids: &[[u8; 16]]) -> Result<Vec<[u8; 16]>, ReadError> {
+        let named: Vec<String> = key_ids.iter().map(|key_id| format!("\"{}\"", hex::encode(key_id))).collect();
+        let rows = sqlx::query(
+            "SELECT key_id FROM json_each(?) AS named CROSS JOIN data_key ON data_key.key_id = unhex(named.value)
+             WHERE wrapped <> x''",
+        )
+        .bind(format!("[{}]", named.join(",")))
+        .fetch_all(&self.database.readers)
+        .await
+        .map_err(|error| self.read_error(error))?;
+        let key_id = |row: &SqliteRow| row.try_get::<Vec<u8>, _>(0).map_err(|error| self.read_error(error));
+        let found: Vec<Vec<u8>> = rows.iter().map(key_id).collect::<Result<_, _>>()?;
+        Ok(found.into_iter().filter_map(|key_id| key_id.try_into().ok()).collect())
+    }
+
     /// A wrapped secret of the store.
     ///
     /// # Errors

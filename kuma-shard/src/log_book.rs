@@ -260,7 +260,7 @@ impl LogBook {
         let written = group.iter().filter(|entry| entry.refusal.is_none());
         let rows: Vec<(&Commit, Place)> = written.filter_map(LogEntry::commit).zip(places).collect();
         let created: Vec<&EntityRow> =
-            rows.iter().filter(|(commit, _)| commit.create).map(|(commit, _)| &*commit.entity).collect();
+            group.iter().filter(|entry| entry.refusal.is_none()).filter_map(LogEntry::new_entity).collect();
         let snapshots: Vec<&SnapshotRow> = group.iter().filter_map(LogEntry::snapshot_row).collect();
         let erasures: Vec<EraseStep> = group.iter().filter_map(LogEntry::erase_step).cloned().collect();
         // It changes rows in front of the mark, and is led to them by the index.
@@ -294,6 +294,16 @@ impl LogBook {
         statements::execute(connection, "BEGIN IMMEDIATE").await?;
         let mut poisoned = Vec::new();
         for entry in group.iter_mut().filter(|entry| entry.refusal.is_none()) {
+            if let Work::Create(row) = &entry.work {
+                if let Err(error) =
+                    savepoint(connection, async |connection| statements::insert_entities(connection, &[row]).await)
+                        .await?
+                {
+                    let detail = sqlite::detail(&error);
+                    entry.refusal = Some(NotWritten::Conflict { file: self.file.to_string(), detail });
+                }
+                continue;
+            }
             let Work::Commit(activation, commit) = &entry.work else { continue };
             if poisoned.contains(&address(activation)) {
                 entry.refusal = Some(NotWritten::Voided);
@@ -301,18 +311,12 @@ impl LogBook {
             }
             let before = self.staged.clone();
             let Some(place) = self.place(commit) else { continue };
-            statements::execute(connection, "SAVEPOINT one").await?;
-            match write_one(connection, commit, place).await {
-                Ok(()) => statements::execute(connection, "RELEASE one").await?,
-                Err(error) if sqlite::trouble(&error) == Trouble::Constraint => {
-                    statements::execute(connection, "ROLLBACK TO one").await?;
-                    statements::execute(connection, "RELEASE one").await?;
-                    self.staged = before;
-                    poisoned.push(address(activation));
-                    let detail = sqlite::detail(&error);
-                    entry.refusal = Some(NotWritten::Conflict { file: self.file.to_string(), detail });
-                }
-                Err(error) => return Err(error),
+            let written = savepoint(connection, async |connection| write_one(connection, commit, place).await).await?;
+            if let Err(error) = written {
+                self.staged = before;
+                poisoned.push(address(activation));
+                let detail = sqlite::detail(&error);
+                entry.refusal = Some(NotWritten::Conflict { file: self.file.to_string(), detail });
             }
         }
         self.write_index(connection).await?;
@@ -449,6 +453,7 @@ impl Book for LogBook {
             Work::Commit(_, commit) => Size { bytes: commit.body.len() + 128, events: commit.count as usize },
             Work::Snapshot(snapshot) => Size { bytes: snapshot.body.len() + 64, events: 0 },
             Work::Barrier(_) => Size::default(),
+            Work::Create(row) => Size { bytes: row.sealed_id.len() + 128, events: 0 },
             Work::Erase(_) => Size { bytes: 4096, events: GROUP_EVENTS_MAX / erase::STEPS_IN_GROUP },
         }
     }
@@ -458,7 +463,7 @@ impl Book for LogBook {
         marks
             || group.iter().any(|entry| match &entry.work {
                 Work::Commit(activation, _) => !activation.is_voided(),
-                Work::Snapshot(_) | Work::Erase(_) => true,
+                Work::Snapshot(_) | Work::Erase(_) | Work::Create(_) => true,
                 Work::Barrier(_) => false,
             })
     }
@@ -559,7 +564,7 @@ impl Book for LogBook {
                 result
             }
             Work::Barrier(activation) => unless_voided(&activation),
-            Work::Snapshot(_) | Work::Erase(_) => outcome,
+            Work::Snapshot(_) | Work::Erase(_) | Work::Create(_) => outcome,
         };
         (entry.on_settled)(result);
     }
@@ -581,6 +586,24 @@ pub(crate) struct Place {
     pub(crate) seq: u64,
     pub(crate) epoch: i64,
     pub(crate) checksum: i64,
+}
+
+/// Writes something in a savepoint of its own; the inner error is that of what does not fit, and was undone.
+async fn savepoint(
+    connection: &mut SqliteConnection,
+    write: impl AsyncFnOnce(&mut SqliteConnection) -> sqlx::Result<()>,
+) -> sqlx::Result<sqlx::Result<()>> {
+    statements::execute(connection, "SAVEPOINT one").await?;
+    let written = write(connection).await;
+    match &written {
+        Ok(()) => {}
+        Err(error) if sqlite::trouble(error) == Trouble::Constraint => {
+            statements::execute(connection, "ROLLBACK TO one").await?;
+        }
+        Err(_) => return written.map(Ok),
+    }
+    statements::execute(connection, "RELEASE one").await?;
+    Ok(written)
 }
 
 async fn write_one(connection: &mut SqliteConnection, commit: &Commit, place: Place) -> sqlx::Result<()> {

@@ -50,6 +50,8 @@ pub(crate) enum Work {
     Barrier(Arc<Activation>),
     Snapshot(SnapshotRow),
     Erase(EraseStep),
+    /// A new life of an erased entity.
+    Create(EntityRow),
 }
 
 /// Something on its way, with the reason why it alone was refused.
@@ -63,6 +65,11 @@ impl LogEntry {
     /// A snapshot to be saved.
     pub(crate) fn snapshot(snapshot: SnapshotRow, on_settled: OnSettled) -> Self {
         LogEntry { work: Work::Snapshot(snapshot), on_settled, refusal: None }
+    }
+
+    /// An entity without commits.
+    pub(crate) fn create(row: EntityRow, on_settled: OnSettled) -> Self {
+        LogEntry { work: Work::Create(row), on_settled, refusal: None }
     }
 
     /// A step of an erasure.
@@ -81,21 +88,30 @@ impl LogEntry {
     pub(crate) fn commit(&self) -> Option<&Commit> {
         match &self.work {
             Work::Commit(_, commit) => Some(commit),
-            Work::Barrier(_) | Work::Snapshot(_) | Work::Erase(_) => None,
+            Work::Barrier(_) | Work::Snapshot(_) | Work::Erase(_) | Work::Create(_) => None,
         }
     }
 
     pub(crate) fn snapshot_row(&self) -> Option<&SnapshotRow> {
         match &self.work {
             Work::Snapshot(snapshot) => Some(snapshot),
-            Work::Commit(..) | Work::Barrier(_) | Work::Erase(_) => None,
+            Work::Commit(..) | Work::Barrier(_) | Work::Erase(_) | Work::Create(_) => None,
         }
     }
 
     pub(crate) fn erase_step(&self) -> Option<&EraseStep> {
         match &self.work {
             Work::Erase(step) => Some(step),
-            Work::Commit(..) | Work::Barrier(_) | Work::Snapshot(_) => None,
+            Work::Commit(..) | Work::Barrier(_) | Work::Snapshot(_) | Work::Create(_) => None,
+        }
+    }
+
+    /// The row of an entity that is not stored yet.
+    pub(crate) fn new_entity(&self) -> Option<&EntityRow> {
+        match &self.work {
+            Work::Commit(_, commit) => commit.create.then_some(&*commit.entity),
+            Work::Create(row) => Some(row),
+            Work::Barrier(_) | Work::Snapshot(_) | Work::Erase(_) => None,
         }
     }
 }

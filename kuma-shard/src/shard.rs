@@ -6,6 +6,7 @@ use futures_util::TryStreamExt;
 use parking_lot::Mutex;
 use ractor::ActorCell;
 use sqlx::{Row, SqliteConnection, sqlite::SqliteRow};
+use tokio::sync::oneshot;
 
 use crate::{
     Budget, CommitError, CopyId, DiskId, EntityHash, EntityRow, FileOptions, LogRow, NotWritten, OpenError, Slot,
@@ -140,6 +141,22 @@ impl Shard {
         let eid = *next;
         *next += 1;
         self.submit(submission(eid));
+    }
+
+    /// Writes the row of an entity that has no commits: the next life of one that was erased. It is given a number here.
+    ///
+    /// # Errors
+    /// It was not written, or that is unknown; a conflict says that there is this life of the entity already.
+    pub async fn create_entity(&self, row: EntityRow) -> Result<(), CommitError> {
+        let (told, settled) = oneshot::channel();
+        {
+            let mut next = self.inner.next_eid.lock();
+            let row = EntityRow { eid: *next, ..row };
+            *next += 1;
+            // A caller that is gone does not want to know.
+            self.hand_in(LogEntry::create(row, Box::new(move |result| drop(told.send(result)))));
+        }
+        settled.await.map_err(|_| NotWritten::Stopping)?
     }
 
     /// Copies the log into the database and cuts it to nothing, so that what was deleted before is in no file. Commits go on meanwhile,

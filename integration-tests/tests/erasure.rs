@@ -1,0 +1,148 @@
+//! Promise 5: erased is erased.
+
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+mod common;
+
+use common::{Account, AccountEvent, assert_clean, deposited, directory, withdraw};
+use futures_util::future::join_all;
+use kuma_core::{AppendError, AuditEvent, EraseError, Kuma, ReadError, Reason, Refused, Version};
+
+fn reason() -> Reason {
+    Reason::new("request 4711").by("support")
+}
+
+async fn start(path: &std::path::Path) -> Kuma {
+    common::start(path, 2).await
+}
+
+#[tokio::test]
+async fn an_erased_entity_is_gone_and_its_receipt_says_so() {
+    let dir = directory();
+    let kuma = start(dir.path()).await;
+    let (ann, bob) = (kuma.entity::<Account>("ann"), kuma.entity::<Account>("bob"));
+    for _ in 0..3 {
+        ann.append(deposited(10)).idempotency_key("once").await.unwrap();
+        ann.append(deposited(10)).await.unwrap();
+        bob.append(deposited(7)).await.unwrap();
+    }
+    let receipt = ann.erase(reason()).await.unwrap();
+    receipt.verify(&kuma.public_key()).unwrap();
+    let statement = &receipt.receipt;
+    assert_eq!((statement.kind.as_deref(), statement.life, statement.resumed), (Some("account"), Some(1), false));
+    assert_eq!(statement.stores.iter().map(|store| store.commits).sum::<u64>(), 4);
+    assert_eq!(kuma.receipt(statement.id).await.unwrap(), Some(receipt.clone()));
+
+    let mut kuma = kuma;
+    for _ in 0..2 {
+        let (ann, bob) = (kuma.entity::<Account>("ann"), kuma.entity::<Account>("bob"));
+        let erased = ann.read().await.map(|_| ()).unwrap_err();
+        assert!(matches!(erased, ReadError::Refused(Refused::Erased { .. })), "{erased:?}");
+        let erased = ann.append(deposited(1)).await.unwrap_err();
+        assert!(matches!(erased, AppendError::Refused(Refused::Erased { .. })), "{erased:?}");
+        assert!(ann.execute(withdraw(1)).await.is_err());
+        let erased = ann.raw().events(.., 10).await.unwrap_err();
+        assert!(matches!(erased, ReadError::Refused(Refused::Erased { .. })), "{erased:?}");
+        assert!(ann.at_version(Version(1)).await.is_err());
+        assert!(ann.outcome("once").await.is_err());
+        assert_eq!(ann.erase(reason()).await.unwrap(), receipt, "the same receipt again");
+        assert_eq!(bob.read().await.unwrap().balance, 21);
+        assert_clean(&kuma).await;
+        assert_eq!(kuma.erasures_unfinished(), 0);
+        kuma.shutdown().await;
+        kuma = start(dir.path()).await;
+    }
+    let log = kuma.audit_log();
+    let state = log.read().await.unwrap();
+    assert_eq!((state.requested, state.completed, state.recreated), (1, 1, 0));
+    let events = log.raw().events(.., 10).await.unwrap();
+    let asked = events[0].decode::<kuma_core::AuditLog>().unwrap();
+    let AuditEvent::ErasureRequested { entity, why, by, receipt: id } = asked else { panic!("{asked:?}") };
+    assert_eq!((entity, why, by), (statement.entity.clone(), "request 4711".to_owned(), Some("support".to_owned())));
+    assert_eq!(id, statement.id);
+    kuma.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_new_life_starts_at_version_0_with_nothing_of_the_old_one() {
+    let dir = directory();
+    let kuma = start(dir.path()).await;
+    let ann = kuma.entity::<Account>("ann");
+    assert!(matches!(ann.erase(reason()).await, Err(EraseError::Refused(Refused::NeverWritten { .. }))));
+    assert!(matches!(ann.recreate(reason()).await, Err(EraseError::Refused(Refused::NotErased { .. }))));
+    ann.append(deposited(10)).idempotency_key("key").await.unwrap();
+    assert!(matches!(ann.recreate(reason()).await, Err(EraseError::Refused(Refused::NotErased { .. }))));
+    let first = ann.erase(reason()).await.unwrap();
+    let lives = join_all((0..4).map(|_| ann.recreate(reason()))).await;
+    assert!(lives.iter().any(|life| matches!(life, Ok(2))), "{lives:?}");
+    assert!(lives.iter().all(|life| matches!(life, Ok(2) | Err(EraseError::Refused(Refused::NotErased { .. })))), "{lives:?}");
+    assert_eq!((ann.read().await.unwrap().balance, ann.read().await.unwrap().version()), (0, Version(0)));
+    kuma.shutdown().await;
+
+    let kuma = start(dir.path()).await;
+    let ann = kuma.entity::<Account>("ann");
+    let version = ann.append(deposited(5)).idempotency_key("key").expecting(Version(0)).await.unwrap();
+    assert_eq!((version, ann.read().await.unwrap().balance), (Version(1), 5));
+    let second = ann.erase(reason()).await.unwrap();
+    assert_eq!(second.receipt.life, Some(2));
+    assert_ne!((second.receipt.key.as_str(), second.receipt.id), (first.receipt.key.as_str(), first.receipt.id));
+    assert_clean(&kuma).await;
+    kuma.shutdown().await;
+}
+
+#[tokio::test]
+async fn the_audit_log_is_the_stores_own() {
+    let dir = directory();
+    let kuma = start(dir.path()).await;
+    let log = kuma.audit_log();
+    let refused = log.append(AuditEvent::ErasureCompleted { receipt: kuma_core::ReceiptId([0; 16]) }).await;
+    assert!(matches!(refused, Err(AppendError::Refused(Refused::ReservedKind { .. }))));
+    assert!(matches!(log.erase(reason()).await, Err(EraseError::Refused(Refused::ReservedKind { .. }))));
+    for bad in [Reason::new(""), Reason::new("x".repeat(1025)), Reason::new("why").by("")] {
+        let refused = kuma.entity::<Account>("ann").erase(bad).await;
+        assert!(matches!(refused, Err(EraseError::Refused(Refused::InvalidReason { .. }))));
+    }
+    kuma.shutdown().await;
+}
+
+/// Appends, reads and activations go on while their entities are erased. Each is answered, and after the receipt only with `Erased`.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whatever_comes_beside_an_erasure_is_answered_and_leaves_nothing() {
+    let dir = directory();
+    let kuma = start(dir.path()).await;
+    let ids: Vec<String> = (0..40).map(|number| format!("entity-{number}")).collect();
+    for id in &ids {
+        kuma.entity::<Account>(id).append(deposited(1)).await.unwrap();
+    }
+    let writers = ids.iter().map(|id| {
+        let account = kuma.entity::<Account>(id);
+        tokio::spawn(async move {
+            let mut written = 0;
+            loop {
+                match account.append_all([deposited(1), AccountEvent::Withdrawn { amount: 1 }]).await {
+                    Ok(_) => written += 1,
+                    Err(AppendError::Refused(Refused::Erased { .. })) => return written,
+                    Err(other) => panic!("{other:?}"),
+                }
+                match account.read().await {
+                    Ok(state) => assert_eq!(state.balance, 1),
+                    Err(ReadError::Refused(Refused::Erased { .. })) => {}
+                    Err(other) => panic!("{other:?}"),
+                }
+            }
+        })
+    });
+    let writers: Vec<_> = writers.collect();
+    let handles = ids.iter().map(|id| kuma.raw("account", id));
+    let mut receipts = 0;
+    let done = kuma.erase_many(handles, reason(), |_, outcome| receipts += u64::from(outcome.is_ok())).await.unwrap();
+    assert_eq!((done.erased, done.never_written, done.failed, receipts), (40, 0, 0, 40));
+    for writer in writers {
+        writer.await.unwrap();
+    }
+    for id in &ids {
+        assert!(kuma.entity::<Account>(id).read().await.is_err());
+    }
+    assert_clean(&kuma).await;
+    kuma.shutdown().await;
+}

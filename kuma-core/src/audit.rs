@@ -1,0 +1,102 @@
+//! The audit log: who had what erased, when and why. An entity like any other, of a kind that only the store writes to and that cannot be
+//! erased; without personal data, as long as the reasons that callers give have none.
+
+use std::sync::Arc;
+
+use kuma_shard::EntityHash;
+use serde::{Deserialize, Serialize};
+
+use crate::{Entity, Handle, Kuma, Reason, ReceiptId, store::Inner};
+
+/// The id of the one entity of this kind.
+const ID: &str = "erasures";
+/// Kinds that begin so are the store's own.
+const RESERVED: &str = "kuma.";
+
+/// What the audit log counts. Its history tells the rest: [`Kuma::audit_log`].
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AuditLog {
+    /// Erasures that were asked for.
+    pub requested: u64,
+    /// Those that were completed.
+    pub completed: u64,
+    /// New lives of erased entities.
+    pub recreated: u64,
+}
+
+/// What the audit log tells. The times are those of its commits.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum AuditEvent {
+    /// An erasure was asked for, and began right after.
+    ErasureRequested {
+        /// The name of the erasure.
+        receipt: ReceiptId,
+        /// The keyed hash of the entity, in hex.
+        entity: String,
+        /// Why, in the caller's words.
+        why: String,
+        /// On whose behalf, in the caller's words.
+        by: Option<String>,
+    },
+    /// An erasure came to its end; the receipt is stored.
+    ErasureCompleted {
+        /// The name of the erasure.
+        receipt: ReceiptId,
+    },
+    /// An erased entity was given a new life.
+    Recreated {
+        /// The keyed hash of the entity, in hex.
+        entity: String,
+        /// Which life.
+        life: u32,
+        /// Why, in the caller's words.
+        why: String,
+        /// On whose behalf, in the caller's words.
+        by: Option<String>,
+    },
+}
+
+impl Entity for AuditLog {
+    const KIND: &'static str = "kuma.audit";
+    type Event = AuditEvent;
+
+    fn apply(&mut self, event: &AuditEvent) {
+        match event {
+            AuditEvent::ErasureRequested { .. } => self.requested += 1,
+            AuditEvent::ErasureCompleted { .. } => self.completed += 1,
+            AuditEvent::Recreated { .. } => self.recreated += 1,
+        }
+    }
+}
+
+impl AuditEvent {
+    pub(crate) fn requested(receipt: ReceiptId, entity: EntityHash, reason: &Reason) -> Self {
+        let Reason { why, by } = reason.clone();
+        AuditEvent::ErasureRequested { receipt, entity: entity.to_hex(), why, by }
+    }
+
+    pub(crate) fn recreated(entity: EntityHash, life: u32, reason: &Reason) -> Self {
+        let Reason { why, by } = reason.clone();
+        AuditEvent::Recreated { entity: entity.to_hex(), life, why, by }
+    }
+}
+
+/// Whether only the store writes to entities of this kind.
+pub(crate) fn is_reserved(kind: &str) -> bool {
+    kind.starts_with(RESERVED)
+}
+
+impl Inner {
+    /// The audit log for the store itself.
+    pub(crate) fn own_audit_log(self: &Arc<Self>) -> Handle<AuditLog> {
+        let log = Kuma { inner: self.clone() }.audit_log();
+        Handle::new(log.raw().clone().privileged())
+    }
+}
+
+impl Kuma {
+    /// The audit log: who had what erased, when and why. Read its history; nobody but the store can append to it.
+    pub fn audit_log(&self) -> Handle<AuditLog> {
+        self.entity(ID)
+    }
+}

@@ -1,0 +1,480 @@
+//! Erasing an entity: one operation, that goes on by itself once it has begun.
+//!
+//! ```text
+//! asked ──audit: requested──► tombstone durable ──► drained ──► key destroyed ──► rows are stubs ──► logs cut ──► audit: completed, receipt
+//!   ▲                              │ from here on the entity answers "erased", and there is no way back
+//!   └── nothing happened           └── after a failure or a crash: begun again here, until it succeeds
+//! ```
+//!
+//! Invariants:
+//! - The tombstone is durable before anything is destroyed, and the key is destroyed before any row: what a crash leaves of the rows
+//!   cannot be read.
+//! - A receipt is given only when nothing of the entity is in any live file: each log that held it was cut to nothing.
+//! - One actor a store erases. Erasures that are asked for while it works are one batch, which shares every sync and cuts each log once.
+//! - Each step can be repeated: it does what is left.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::{Arc, Weak},
+    time::{Duration, Instant, UNIX_EPOCH},
+};
+
+use fail::fail_point;
+use futures_util::future::{join_all, try_join_all};
+use kuma_shard::{CommitError, CopyId, EntityHash, EntityRow, ErasedRows, NodeStore, ReceiptRow, Slot, Tombstone};
+use ractor::{Actor, ActorProcessingErr, ActorRef};
+use tokio::sync::oneshot;
+
+use crate::{
+    EraseError, ReadError, Reason, Receipt, ReceiptId, Refused, Unavailable,
+    audit::AuditEvent,
+    ndjson::time_text,
+    receipt::{LastBackups, Statement, StoreOutcome},
+    shard_core::{Erasing, ShardCore},
+    store::{self, Inner},
+};
+
+/// Erasures in a batch.
+const BATCH_MAX: usize = 256;
+/// How long until an erasure that failed is tried again.
+const RETRY_EVERY: Duration = Duration::from_secs(1);
+
+/// What the eraser can be asked.
+pub(crate) enum EraserMessage {
+    /// Erase this entity.
+    Erase(Request),
+    /// Erase what has gathered.
+    Flush,
+    /// Go on with what is not finished.
+    Resume,
+}
+
+impl ractor::Message for EraserMessage {} // local only
+
+/// Whoever asks.
+pub(crate) struct Request {
+    pub(crate) entity: EntityHash,
+    pub(crate) core: Arc<ShardCore>,
+    pub(crate) slot: Slot,
+    pub(crate) reason: Arc<Reason>,
+    pub(crate) reply: Reply,
+}
+
+pub(crate) type Reply = oneshot::Sender<Result<Receipt, EraseError>>;
+
+pub(crate) struct Eraser;
+
+pub(crate) struct EraserState {
+    /// The store does not stay open for its eraser.
+    pub(crate) store: Weak<Inner>,
+    pub(crate) node: NodeStore,
+    pub(crate) erasing: Erasing,
+    pending: Vec<Request>,
+    flush_queued: bool,
+    /// Whether there is, or may be, something unfinished.
+    owing: bool,
+    resume_queued: bool,
+}
+
+impl EraserState {
+    /// Of a store that was opened with unfinished erasures, or without.
+    pub(crate) fn new(store: Weak<Inner>, node: NodeStore, erasing: Erasing, owing: bool) -> Self {
+        EraserState { store, node, erasing, pending: Vec::new(), flush_queued: false, owing, resume_queued: owing }
+    }
+}
+
+impl Actor for Eraser {
+    type Msg = EraserMessage;
+    type State = EraserState;
+    type Arguments = EraserState;
+
+    async fn pre_start(
+        &self,
+        me: ActorRef<EraserMessage>,
+        state: EraserState,
+    ) -> Result<EraserState, ActorProcessingErr> {
+        if state.owing {
+            me.cast(EraserMessage::Resume)?;
+        }
+        Ok(state)
+    }
+
+    async fn handle(
+        &self,
+        me: ActorRef<EraserMessage>,
+        message: EraserMessage,
+        state: &mut EraserState,
+    ) -> Result<(), ActorProcessingErr> {
+        match message {
+            EraserMessage::Erase(request) => {
+                state.pending.push(request);
+                if state.pending.len() >= BATCH_MAX {
+                    state.flush().await;
+                } else if !state.flush_queued {
+                    // Behind all that has gathered. It fails only for an actor on its way out.
+                    state.flush_queued = me.cast(EraserMessage::Flush).is_ok();
+                }
+            }
+            EraserMessage::Flush => {
+                state.flush_queued = false;
+                state.flush().await;
+            }
+            EraserMessage::Resume => {
+                state.resume_queued = false;
+                state.resume().await;
+            }
+        }
+        if state.owing && !state.resume_queued {
+            state.resume_queued = true;
+            me.send_after(RETRY_EVERY, || EraserMessage::Resume);
+        }
+        Ok(())
+    }
+}
+
+/// An erasure on its way.
+struct Job {
+    tombstone: Tombstone,
+    /// None if the shard is out of use.
+    core: Option<Arc<ShardCore>>,
+    /// Why; none if it was begun before.
+    reason: Option<Arc<Reason>>,
+    waiting: Vec<Reply>,
+    rows: ErasedRows,
+    /// The entity as it was found.
+    row: Option<EntityRow>,
+    /// Why it cannot be finished now.
+    obstacle: Option<String>,
+    receipt: Option<Receipt>,
+}
+
+impl Job {
+    fn new(tombstone: Tombstone, core: Option<Arc<ShardCore>>, reason: Option<Arc<Reason>>) -> Self {
+        let rows = ErasedRows::default();
+        Job { tombstone, core, reason, waiting: Vec::new(), rows, row: None, obstacle: None, receipt: None }
+    }
+
+    fn entity(&self) -> EntityHash {
+        self.tombstone.id_hash
+    }
+
+    fn receipt_id(&self) -> ReceiptId {
+        ReceiptId(self.tombstone.receipt_id)
+    }
+
+    fn block(&mut self, why: &impl std::fmt::Display) {
+        self.obstacle.get_or_insert_with(|| why.to_string());
+    }
+
+    /// Makes stubs of the entity's rows.
+    async fn erase_rows(&mut self) {
+        let Some(core) = self.core.clone() else { return self.block(&"its shard is out of use") };
+        match erase_rows(&core, &self.tombstone, self.reason.is_none()).await {
+            Ok((rows, row)) => (self.rows, self.row) = (rows, row),
+            Err(why) => self.block(&why),
+        }
+    }
+}
+
+async fn erase_rows(
+    core: &ShardCore,
+    tombstone: &Tombstone,
+    resumed: bool,
+) -> Result<(ErasedRows, Option<EntityRow>), String> {
+    let words = |error: &dyn std::fmt::Display| error.to_string();
+    let lives = core.shard.lives(CopyId::GENESIS, tombstone.id_hash).await.map_err(|error| words(&error))?;
+    let Some(row) = lives.into_iter().find(|row| row.key_id == tombstone.key_id) else {
+        return Ok((ErasedRows::default(), None));
+    };
+    let mut rows = core.shard.erase(&row, tombstone.at_us).await.map_err(|error| words(&error))?;
+    if resumed {
+        // Those of the runs before as well.
+        (rows.commits, rows.events) = core.shard.stubs(&row).await.map_err(|error| words(&error))?;
+    }
+    Ok((rows, Some(row)))
+}
+
+impl EraserState {
+    /// Erases what has gathered.
+    async fn flush(&mut self) {
+        let requests = std::mem::take(&mut self.pending);
+        // Nobody is left to be told either.
+        let Some(inner) = self.store.upgrade() else { return };
+        let mut jobs = self.resolve(requests, inner.now_us()).await;
+        if jobs.is_empty() {
+            return;
+        }
+        match self.begin(&inner, &jobs).await {
+            Ok(()) => self.carry_out(&inner, jobs).await,
+            Err(error) => {
+                // Whether there is a tombstone is not always known.
+                self.owing = true;
+                for job in &mut jobs {
+                    let entity = job.entity();
+                    for reply in job.waiting.drain(..) {
+                        let detail = error.clone();
+                        drop(reply.send(Err(Unavailable::NotErased { entity, detail }.into())));
+                    }
+                }
+            }
+        }
+    }
+
+    /// Finds out what each request is about, and answers those that need no work.
+    async fn resolve(&self, requests: Vec<Request>, at_us: i64) -> Vec<Job> {
+        let mut jobs: Vec<Job> = Vec::new();
+        let mut by_key: HashMap<[u8; 16], usize> = HashMap::new();
+        for Request { entity, core, slot, reason, reply } in requests {
+            match self.look_up(&core, entity, slot, reason, at_us).await {
+                Ok(Found::Done(receipt)) => drop(reply.send(Ok(*receipt))),
+                Ok(Found::ToDo(job)) => {
+                    // The same entity may be asked for twice.
+                    let index = *by_key.entry(job.tombstone.key_id).or_insert(jobs.len());
+                    if index == jobs.len() {
+                        jobs.push(*job);
+                    }
+                    jobs[index].waiting.push(reply);
+                }
+                Err(error) => drop(reply.send(Err(error))),
+            }
+        }
+        jobs
+    }
+
+    async fn look_up(
+        &self,
+        core: &Arc<ShardCore>,
+        entity: EntityHash,
+        slot: Slot,
+        reason: Arc<Reason>,
+        at_us: i64,
+    ) -> Result<Found, EraseError> {
+        let unreadable = |error: kuma_shard::ReadError| EraseError::from(ReadError::unreadable(entity, error));
+        let row = core.shard.find_entity(CopyId::GENESIS, entity).await.map_err(unreadable)?;
+        let row = row.ok_or(Refused::NeverWritten { entity })?;
+        if row.erased_at_us.is_some() || self.erasing.contains(entity) {
+            let tombstones = self.node.tombstones_of(entity).await.map_err(unreadable)?;
+            if let Some(tombstone) = tombstones.into_iter().find(|tombstone| tombstone.key_id == row.key_id) {
+                let receipt = self.node.receipt(tombstone.receipt_id).await.map_err(unreadable)?;
+                return match receipt.filter(|_| !self.erasing.contains(entity)) {
+                    Some(body) => {
+                        let receipt = body.parse().map_err(|error: crate::ReceiptError| {
+                            EraseError::from(Unavailable::NotErased { entity, detail: error.to_string() })
+                        })?;
+                        Ok(Found::Done(Box::new(receipt)))
+                    }
+                    None => Ok(Found::ToDo(Box::new(Job::new(tombstone, Some(core.clone()), None)))),
+                };
+            }
+        }
+        let mut receipt_id = [0; 16];
+        getrandom::fill(&mut receipt_id)
+            .map_err(|error| Unavailable::NotErased { entity, detail: error.to_string() })?;
+        let tombstone = Tombstone { key_id: row.key_id, id_hash: entity, slot, receipt_id, at_us };
+        Ok(Found::ToDo(Box::new(Job::new(tombstone, Some(core.clone()), Some(reason)))))
+    }
+
+    /// Makes the intent durable: from then on there is no way back. An error says that there may be none.
+    async fn begin(&self, inner: &Arc<Inner>, jobs: &[Job]) -> Result<(), String> {
+        let audit = inner.own_audit_log();
+        let new = || jobs.iter().filter_map(|job| Some((job, job.reason.as_deref()?)));
+        let requested = new().map(|(job, reason)| AuditEvent::requested(job.receipt_id(), job.entity(), reason));
+        try_join_all(requested.map(|event| async { audit.append(event).await }))
+            .await
+            .map_err(|error| error.to_string())?;
+        fail_point!("erase.requested");
+        let tombstones: Vec<Tombstone> = new().map(|(job, _)| job.tombstone).collect();
+        if !tombstones.is_empty() {
+            self.node.entomb(tombstones).await.map_err(|error| error.to_string())?;
+        }
+        new().for_each(|(job, _)| self.erasing.add(job.entity()));
+        Ok(())
+    }
+
+    /// Goes on with what is not finished.
+    async fn resume(&mut self) {
+        let Some(inner) = self.store.upgrade() else { return };
+        let unfinished = match self.node.unfinished().await {
+            Ok(unfinished) => unfinished,
+            Err(error) => {
+                return tracing::warn!(%error, "unfinished erasures cannot be read; they are looked for again");
+            }
+        };
+        self.owing = false;
+        let mut left = unfinished.into_iter().peekable();
+        while left.peek().is_some() {
+            let batch = left.by_ref().take(BATCH_MAX);
+            let job = |tombstone: Tombstone| Job::new(tombstone, inner.core_of_slot(tombstone.slot), None);
+            let jobs: Vec<Job> = batch.map(job).collect();
+            jobs.iter().for_each(|job| self.erasing.add(job.entity()));
+            self.carry_out(&inner, jobs).await;
+        }
+    }
+
+    /// Everything from the tombstone to the receipt.
+    async fn carry_out(&mut self, inner: &Arc<Inner>, mut jobs: Vec<Job>) {
+        let began = Instant::now();
+        fail_point!("erase.entombed");
+        let drained = jobs.iter().filter_map(|job| Some((job.core.clone()?, job.entity())));
+        join_all(drained.map(|(core, entity)| async move { store::passivate(&core, entity).await })).await;
+        fail_point!("erase.drained");
+        if let Err(error) = destroy_keys(inner, &jobs).await {
+            jobs.iter_mut().for_each(|job| job.block(&error));
+            return self.end(inner, jobs, began);
+        }
+        join_all(jobs.iter_mut().map(Job::erase_rows)).await;
+        fail_point!("erase.rows_erased");
+        cut_logs(&mut jobs).await;
+        fail_point!("erase.logs_cut");
+        if let Err(error) = self.attest(inner, &mut jobs).await {
+            jobs.iter_mut().for_each(|job| job.block(&error));
+        }
+        self.end(inner, jobs, began);
+    }
+
+    /// Signs and stores the receipts of what is complete.
+    async fn attest(&self, inner: &Arc<Inner>, jobs: &mut [Job]) -> Result<(), String> {
+        let complete: Vec<&Job> = jobs.iter().filter(|job| job.obstacle.is_none()).collect();
+        let words = |error: &dyn std::fmt::Display| error.to_string();
+        let backup = async |what| self.node.last_backup(what).await.map_err(|error| words(&error));
+        let backups =
+            LastBackups { events: backup("events").await?.map(time_of), keys: backup("keys").await?.map(time_of) };
+        let mut receipts = Vec::with_capacity(complete.len());
+        for job in &complete {
+            // One from a former life of this store stays.
+            let stored = self.node.receipt(job.tombstone.receipt_id).await.map_err(|error| words(&error))?;
+            receipts.push(match stored {
+                Some(body) => body.parse::<Receipt>().map_err(|error| words(&error))?,
+                None => Receipt::sign(state(inner, job, backups.clone()), inner.vault().node_key())
+                    .map_err(|error| words(&error))?,
+            });
+        }
+        let audit = inner.own_audit_log();
+        let completed = complete.iter().map(|job| job.receipt_id()).map(|receipt| {
+            let audit = &audit;
+            // Once, although it may be begun again from here.
+            async move {
+                let event = AuditEvent::ErasureCompleted { receipt };
+                audit.append(event).idempotency_key(format!("completed/{receipt}")).await
+            }
+        });
+        try_join_all(completed).await.map_err(|error| words(&error))?;
+        fail_point!("erase.attested");
+        let row = |(job, receipt): (&&Job, &Receipt)| {
+            let Tombstone { receipt_id, key_id, .. } = job.tombstone;
+            Ok(ReceiptRow { receipt_id, key_id, body: serde_json::to_string(receipt)? })
+        };
+        let rows: Result<Vec<ReceiptRow>, serde_json::Error> = complete.iter().zip(&receipts).map(row).collect();
+        let rows = rows.map_err(|error| words(&error))?;
+        if !rows.is_empty() {
+            self.node.finish(rows).await.map_err(|error| words(&error))?;
+        }
+        fail_point!("erase.finished");
+        let complete = jobs.iter_mut().filter(|job| job.obstacle.is_none());
+        complete.zip(receipts).for_each(|(job, receipt)| job.receipt = Some(receipt));
+        Ok(())
+    }
+
+    /// Tells whoever waits.
+    fn end(&mut self, inner: &Inner, jobs: Vec<Job>, began: Instant) {
+        let metrics = inner.metrics();
+        for job in jobs {
+            let (entity, receipt_id) = (job.entity(), job.receipt_id());
+            let outcome = match job.receipt {
+                Some(receipt) => {
+                    self.erasing.remove(entity);
+                    metrics.erasures_completed.increment(1);
+                    metrics.erase_seconds.record(began.elapsed());
+                    tracing::info!(%entity, %receipt_id, commits = job.rows.commits, "an entity was erased");
+                    Ok(receipt)
+                }
+                None => {
+                    self.owing = true;
+                    let detail = job.obstacle.unwrap_or_default();
+                    metrics.erasures_interrupted.increment(1);
+                    tracing::warn!(%entity, %receipt_id, %detail, "an erasure is not complete; it goes on by itself");
+                    Err(detail)
+                }
+            };
+            for reply in job.waiting {
+                let outcome = outcome.clone();
+                let unfinished = |detail| EraseError::Unfinished { entity, receipt_id, detail };
+                // A caller that is gone does not want to know.
+                let _ = reply.send(outcome.map_err(unfinished));
+            }
+        }
+        metrics.erasures_unfinished.set(self.erasing.len() as f64);
+    }
+}
+
+enum Found {
+    Done(Box<Receipt>),
+    ToDo(Box<Job>),
+}
+
+async fn destroy_keys(inner: &Inner, jobs: &[Job]) -> Result<(), CommitError> {
+    let keys = &inner.vault().keys;
+    keys.destroy(jobs.iter().map(|job| job.tombstone.key_id).collect()).await?;
+    fail_point!("erase.keys_destroyed", |_| unreachable!("it only kills"));
+    keys.truncate_log().await?;
+    fail_point!("erase.keys_cut", |_| unreachable!("it only kills"));
+    Ok(())
+}
+
+/// Cuts the log of every shard that rows were erased in, once.
+async fn cut_logs(jobs: &mut [Job]) {
+    let shards: BTreeMap<u16, Arc<ShardCore>> =
+        jobs.iter().filter_map(|job| job.core.clone()).map(|core| (core.shard.number(), core)).collect();
+    let cut = shards.into_iter().map(async |(number, core)| (number, core.shard.truncate_log().await));
+    for (number, cut) in join_all(cut).await {
+        let Err(error) = cut else { continue };
+        let is_of = |job: &&mut Job| job.core.as_ref().is_some_and(|core| core.shard.number() == number);
+        jobs.iter_mut().filter(is_of).for_each(|job| job.block(&error));
+    }
+}
+
+/// What a receipt says.
+fn state(inner: &Inner, job: &Job, backups: LastBackups) -> Statement {
+    let Job { tombstone, rows, row, core, .. } = job;
+    let store = |store: &str, outcome: &str| StoreOutcome {
+        store: store.to_owned(),
+        outcome: outcome.to_owned(),
+        commits: 0,
+        events: 0,
+        snapshots: 0,
+        bytes: 0,
+    };
+    let shard = core.as_ref().map_or_else(String::new, |core| core.shard.file().to_owned());
+    let in_shard = match row {
+        Some(_) => StoreOutcome {
+            commits: rows.commits,
+            events: rows.events,
+            snapshots: rows.snapshots,
+            bytes: rows.bytes,
+            ..store(&shard, "events, snapshot, id and idempotency keys deleted; stubs and the keyed hash stay; log cut")
+        },
+        None => store(&shard, "held nothing of it"),
+    };
+    Statement {
+        format: 0,
+        id: job.receipt_id(),
+        context: inner.context().to_owned(),
+        disk_id: inner.disk_id().to_string(),
+        entity: tombstone.id_hash.to_hex(),
+        kind: row.as_ref().map(|row| row.kind.to_string()),
+        life: row.as_ref().map(|row| row.life),
+        slot: tombstone.slot.number(),
+        key: hex::encode(tombstone.key_id),
+        requested_at: time_of(tombstone.at_us),
+        completed_at: time_of(inner.now_us()),
+        resumed: job.reason.is_none(),
+        stores: vec![store("memory", "taken out of memory"), store("keys.db", "key destroyed; log cut"), in_shard],
+        pending: Vec::new(),
+        backups,
+        public_key: String::new(),
+    }
+}
+
+fn time_of(at_us: i64) -> String {
+    time_text(UNIX_EPOCH + Duration::from_micros(at_us.max(0).unsigned_abs()))
+}
