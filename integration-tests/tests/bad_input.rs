@@ -239,13 +239,13 @@ async fn a_master_key_that_is_missing_wrong_or_open_to_others_is_refused() {
     fs::rename(&key_path, path.join("elsewhere.key")).unwrap();
     let (error, words) = fixture.refused(options(path)).await;
     assert!(matches!(error, StartError::MasterKey(MasterKeyError::FileMissing { .. })), "{error:?}");
-    assert_snapshot!(words, @"no master key: master key file [dir]/master.key is missing; put the key back, a new one cannot open this store");
+    assert_snapshot!(words, @"no master key, without which nothing in the store can be read: master key file [dir]/master.key is missing; put the key back, a new one cannot open this store");
     fs::rename(path.join("elsewhere.key"), &key_path).unwrap();
 
     fs::set_permissions(&key_path, fs::Permissions::from_mode(0o640)).unwrap();
     let (error, words) = fixture.refused(options(path)).await;
     assert!(matches!(error, StartError::MasterKey(MasterKeyError::PermissionsTooOpen { .. })), "{error:?}");
-    assert_snapshot!(words, @"no master key: master key file [dir]/master.key is open to group or others (mode 0640); run: chmod 600 [dir]/master.key");
+    assert_snapshot!(words, @"no master key, without which nothing in the store can be read: master key file [dir]/master.key is open to group or others (mode 0640); run: chmod 600 [dir]/master.key");
     fs::set_permissions(&key_path, fs::Permissions::from_mode(0o600)).unwrap();
 
     let other = directory();
@@ -257,11 +257,11 @@ async fn a_master_key_that_is_missing_wrong_or_open_to_others_is_refused() {
 
     fs::write(&key_path, "not a key\n").unwrap();
     let (_, words) = fixture.refused(options(path)).await;
-    assert_snapshot!(words, @"no master key: line 1 of [dir]/master.key is not a master key; a key is 64 hex digits, a comment starts with #");
+    assert_snapshot!(words, @"no master key, without which nothing in the store can be read: line 1 of [dir]/master.key is not a master key; a key is 64 hex digits, a comment starts with #");
 
     let (_, words) =
         fixture.refused(options(path).master_key(MasterKeySource::Env("KUMA_NO_SUCH_VARIABLE".into()))).await;
-    assert_snapshot!(words, @"no master key: environment variable KUMA_NO_SUCH_VARIABLE is not set; put the master key in it");
+    assert_snapshot!(words, @"no master key, without which nothing in the store can be read: environment variable KUMA_NO_SUCH_VARIABLE is not set; put the master key in it");
 
     fixture.restore();
     fixture.unharmed().await;
@@ -353,17 +353,17 @@ async fn a_directory_of_a_newer_version_is_refused_and_left_alone() {
     assert_snapshot!(words, @"[dir] has format 2, this version of Kuma reads up to 1; use the newer version, nothing was changed");
     fixture.restore();
 
-    for name in ["shard-001.db", "keys.db"] {
+    for name in ["shard-001.db", "keys.db", "node.db"] {
         let mut bytes = fs::read(path.join(name)).unwrap();
-        assert_eq!(bytes[60..64], [0, 0, 0, 2], "the user version of SQLite's header");
-        bytes[63] = 3;
+        assert_eq!(bytes[60..64], [0, 0, 0, 3], "the user version of SQLite's header");
+        bytes[63] = 4;
         fs::write(path.join(name), bytes).unwrap();
         let (error, words) = fixture.refused(options(path)).await;
-        assert!(matches!(error, StartError::Open(OpenError::Newer { found: 3, supported: 2, .. })), "{error:?}");
+        assert!(matches!(error, StartError::Open(OpenError::Newer { found: 4, supported: 3, .. })), "{error:?}");
         assert_eq!(
             words,
             format!(
-                "[dir]/{name} has format 3, this version of Kuma reads up to 2; use the newer version, nothing was changed"
+                "[dir]/{name} has format 4, this version of Kuma reads up to 3; use the newer version, nothing was changed"
             )
         );
         fixture.restore();

@@ -98,6 +98,10 @@ fn the_words_of_an_append_that_failed() {
         Refused::NoSuchVersion { entity: ENTITY, asked: Version(5), newest: Version(4) },
         Refused::Upcasters { kind: "account".into(), reason: "an upcaster takes Put of schema 3".into() },
         Refused::Erased { entity: ENTITY },
+        Refused::NeverWritten { entity: ENTITY },
+        Refused::NotErased { entity: ENTITY },
+        Refused::ReservedKind { kind: "kuma.audit".into() },
+        Refused::InvalidReason { detail: "it is empty" },
     ];
     assert_snapshot!(words(refused.map(AppendError::from)), @r"
     entity [hex] is at version 5, expected 4; nothing was written, read it again and decide anew
@@ -107,7 +111,11 @@ fn the_words_of_an_append_that_failed() {
     the idempotency key (257 bytes) is refused; a key has 1 to 256 bytes
     entity [hex] is at version 4, there is no version 5 yet
     the upcasters of kind account are refused: an upcaster takes Put of schema 3
-    entity [hex] was erased
+    entity [hex] was erased and nothing of it is left; `recreate` starts a new life under the same id
+    entity [hex] was never written to; there is nothing to erase
+    entity [hex] was not erased; use it as it is
+    the kind kuma.audit is the store's own: it can be read, but neither written to nor erased
+    the reason is refused: it is empty; say in 1 to 1024 bytes why, and by whom, without naming the person
     ");
     let unknown = |has_key| AppendError::Unknown { entity: ENTITY, detail: "disk I/O error".into(), has_key };
     assert_snapshot!(words([unknown(false), unknown(true)]), @r"
@@ -150,7 +158,7 @@ async fn the_files_of_a_closed_store() {
     kuma.entity::<Ledger>("l-1").append(entered(1)).await.unwrap();
     kuma.shutdown().await;
     let files = common::read_files(dir.path());
-    assert_snapshot!(files.keys().map(String::as_str).collect::<Vec<_>>().join(" "), @"keys.db keys.watermark kuma.lock master.key shard-000.db shard-000.watermark shard-001.db shard-001.watermark store.json");
+    assert_snapshot!(files.keys().map(String::as_str).collect::<Vec<_>>().join(" "), @"keys.db keys.watermark kuma.lock master.key node.db node.watermark shard-000.db shard-000.watermark shard-001.db shard-001.watermark store.json");
     let identity: serde_json::Value = serde_json::from_slice(&files["store.json"]).unwrap();
     let disk_id = identity["disk_id"].as_str().unwrap();
     assert_eq!(disk_id.len(), 32);
@@ -163,12 +171,12 @@ async fn the_files_of_a_closed_store() {
       "disk_id": "[disk id]"
     }
     "#);
-    for name in ["shard-000.db", "shard-001.db", "keys.db"] {
+    for name in ["shard-000.db", "shard-001.db", "keys.db", "node.db"] {
         let header = &files[name][..100];
         assert_eq!(&header[..16], b"SQLite format 3\0", "{name}");
         assert_eq!(header[16..18], [0x10, 0x00], "{name}: pages of 4096 bytes");
         assert_eq!(header[18..20], [2, 2], "{name}: a write-ahead log");
-        assert_eq!(header[60..64], [0, 0, 0, 2], "{name}: the format");
+        assert_eq!(header[60..64], [0, 0, 0, 3], "{name}: the format");
     }
     assert_eq!(files["keys.watermark"].len(), 128);
     let mode = std::os::unix::fs::PermissionsExt::mode(

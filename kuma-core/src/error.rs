@@ -462,6 +462,14 @@ pub enum VaultError {
         "keys.db does not have the entity's key, so that its events cannot be read; restore keys.db from its backup"
     )]
     KeyMissing,
+    /// A secret of the store itself is gone, without which none of its entities can be found.
+    #[error(
+        "keys.db does not have the store's own secret {name}, so that no entity can be found; restore keys.db from its backup"
+    )]
+    SecretMissing {
+        /// Which one.
+        name: &'static str,
+    },
     /// The key was destroyed: the entity was erased.
     #[error("the entity's key was destroyed when it was erased")]
     KeyDestroyed,

@@ -43,7 +43,7 @@ impl Vault {
                 keys.put_secret(ID_SECRET, master.wrap(secret, &aad).await?).await?;
                 ids
             }
-            None => return Err(VaultError::KeyMissing),
+            None => return Err(VaultError::SecretMissing { name: ID_SECRET }),
         };
         let aad = node_key_aad(&context);
         let node_key = match keys.secret(NODE_KEY).await? {
@@ -53,7 +53,7 @@ impl Vault {
                 keys.put_secret(NODE_KEY, master.wrap(node_key.as_ref(), &aad).await?).await?;
                 node_key
             }
-            None => return Err(VaultError::KeyMissing),
+            None => return Err(VaultError::SecretMissing { name: NODE_KEY }),
         };
         Ok(Vault { keys, master, context, ids, node_key })
     }
@@ -102,15 +102,25 @@ impl Vault {
             let Some((last, _)) = page.last_key_value() else { return Ok(rewrapped) };
             after = *last;
             let mut changes = Vec::new();
+            let mut failed = None;
             for row in page.values().filter(|row| !row.is_destroyed()) {
                 let aad = self.aad(row.id_hash, KeyId(row.key_id));
-                if let Some(anew) = kuma_crypto::rewrap(&*self.master, &row.wrapped, &aad).await? {
-                    changes.push(self.keys.rewrap(row.key_id, anew));
+                match kuma_crypto::rewrap(&*self.master, &row.wrapped, &aad).await {
+                    Ok(Some(anew)) => changes.push(self.keys.rewrap(row.key_id, anew)),
+                    Ok(None) => {}
+                    // What was wrapped until then is not given up for it.
+                    Err(error) => {
+                        failed = Some(error);
+                        break;
+                    }
                 }
             }
             rewrapped += changes.len() as u64;
             // Together, so that a page is one sync.
             futures_util::future::try_join_all(changes).await?;
+            if let Some(error) = failed {
+                return Err(error.into());
+            }
         }
     }
 
