@@ -6,7 +6,7 @@ mod common;
 
 use common::{Account, AccountEvent, assert_clean, deposited, directory, withdraw};
 use futures_util::future::join_all;
-use kuma_core::{AppendError, AuditEvent, EraseError, Kuma, ReadError, Reason, Refused, Version};
+use kuma_core::{AppendError, AuditEvent, EraseError, Kuma, Options, ReadError, Reason, Refused, Version};
 
 fn reason() -> Reason {
     Reason::new("request 4711").by("support")
@@ -75,7 +75,10 @@ async fn a_new_life_starts_at_version_0_with_nothing_of_the_old_one() {
     let first = ann.erase(reason()).await.unwrap();
     let lives = join_all((0..4).map(|_| ann.recreate(reason()))).await;
     assert!(lives.iter().any(|life| matches!(life, Ok(2))), "{lives:?}");
-    assert!(lives.iter().all(|life| matches!(life, Ok(2) | Err(EraseError::Refused(Refused::NotErased { .. })))), "{lives:?}");
+    assert!(
+        lives.iter().all(|life| matches!(life, Ok(2) | Err(EraseError::Refused(Refused::NotErased { .. })))),
+        "{lives:?}"
+    );
     assert_eq!((ann.read().await.unwrap().balance, ann.read().await.unwrap().version()), (0, Version(0)));
     kuma.shutdown().await;
 
@@ -144,5 +147,55 @@ async fn whatever_comes_beside_an_erasure_is_answered_and_leaves_nothing() {
         assert!(kuma.entity::<Account>(id).read().await.is_err());
     }
     assert_clean(&kuma).await;
+    kuma.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_receipt_is_verified_against_the_live_files() {
+    let dir = directory();
+    let kuma = start(dir.path()).await;
+    let (ann, bob) = (kuma.entity::<Account>("ann@example.org"), kuma.entity::<Account>("bob@example.org"));
+    for _ in 0..30 {
+        ann.append(deposited(10)).await.unwrap();
+        bob.append(deposited(7)).await.unwrap();
+    }
+    let receipt = ann.erase(reason()).await.unwrap();
+    let found = ann.verify_receipt(&receipt).await;
+    assert!(found.is_clean(), "{found}");
+    let text = found.to_string();
+    for part in [
+        "by this store's key",
+        "holds the tombstone",
+        "key is destroyed",
+        "30 stubs",
+        "the id is in none",
+        "unused space",
+        "of this entity",
+    ] {
+        assert!(text.contains(part), "{part}: {text}");
+    }
+    // SQLite's locks are still there.
+    bob.append(deposited(7)).await.unwrap();
+
+    // It is not Bob's, and it notices an id that lies about.
+    let found = bob.verify_receipt(&receipt).await;
+    assert!(!found.is_clean());
+    std::fs::write(dir.path().join("notes.txt"), "call ann@example.org").unwrap();
+    let found = ann.verify_receipt(&receipt).await;
+    assert!(found.to_string().contains("FAILED  files: the id is in notes.txt"), "{found}");
+
+    // A forged one.
+    let forged = receipt.to_string().replace(&receipt.receipt.key, &"0".repeat(32));
+    let found = kuma.verify_receipt(&forged.parse().unwrap()).await;
+    assert!(
+        found.to_string().contains("FAILED  signature") && found.to_string().contains("FAILED  node.db"),
+        "{found}"
+    );
+    kuma.shutdown().await;
+
+    let no_reader = Options::new(dir.path()).file_reader(dir.path().join("no such program"), []);
+    let kuma = Kuma::start(no_reader).await.unwrap();
+    let found = kuma.verify_receipt(&receipt).await;
+    assert!(!found.is_clean() && found.to_string().contains("FAILED  files"), "{found}");
     kuma.shutdown().await;
 }

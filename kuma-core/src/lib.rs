@@ -65,6 +65,7 @@ mod reply;
 mod restart;
 mod retry;
 mod root;
+mod scan;
 mod scrub;
 mod sequence;
 mod shard_core;
@@ -78,6 +79,7 @@ pub mod testing;
 mod time_travel;
 mod vault;
 mod verify;
+mod verify_receipt;
 
 pub use append::{Append, Appended, Pending};
 pub use audit::{AuditEvent, AuditLog};
@@ -105,6 +107,7 @@ pub use sequence::Sequence;
 pub use store::{Kuma, ShardStats, Stats};
 pub use time_travel::{Change, Diff};
 pub use verify::{EventName, ShardVerification, Verification};
+pub use verify_receipt::{Check, ReceiptVerification};
 
 /// Microseconds since 1970; what lies before is 0.
 pub(crate) fn micros(at: std::time::SystemTime) -> i64 {

@@ -9,7 +9,7 @@ use std::{
 use kuma_crypto::{LocalMasterKey, MasterKey, MasterKeyError};
 use kuma_shard::Durability;
 
-use crate::{StartError, body::Limits, restart::RestartPolicy, snapshot::SnapshotPolicy};
+use crate::{StartError, body::Limits, restart::RestartPolicy, scan::FileReader, snapshot::SnapshotPolicy};
 
 /// Where the master key comes from.
 #[derive(Clone, Debug)]
@@ -42,6 +42,7 @@ pub struct Options {
     pub(crate) snapshots: Option<SnapshotPolicy>,
     pub(crate) scrub_bytes_per_second: u64,
     pub(crate) wall_clock: WallClock,
+    pub(crate) file_reader: FileReader,
 }
 
 /// What tells the time of commits.
@@ -88,6 +89,7 @@ impl Options {
             snapshots: Some(SnapshotPolicy { commits: 256, bytes: 1 << 20 }),
             scrub_bytes_per_second: 1 << 20,
             wall_clock: WallClock(Arc::new(SystemTime::now)),
+            file_reader: FileReader::default(),
         }
     }
 
@@ -184,6 +186,13 @@ impl Options {
     /// turns it off. Default: 1 MiB/s, which is at most 512 commits a second and 86 GiB a day.
     pub fn scrub_bytes_per_second(mut self, bytes: u64) -> Self {
         self.scrub_bytes_per_second = bytes;
+        self
+    }
+
+    /// The program that writes a file, which is given as its last argument, to its standard output. [`Kuma::verify_receipt`](crate::Kuma::verify_receipt)
+    /// reads the store's own files by it, because this process must not open them. Default: `cat --`.
+    pub fn file_reader(mut self, program: impl Into<PathBuf>, arguments: impl IntoIterator<Item = String>) -> Self {
+        self.file_reader = FileReader { program: program.into(), arguments: arguments.into_iter().collect() };
         self
     }
 

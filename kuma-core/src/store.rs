@@ -26,6 +26,7 @@ use crate::{
     live::Clock,
     observe::CoreMetrics,
     root::{Root, RootMessage},
+    scan::FileReader,
     scrub::{NextPage, Scrub, ScrubArguments, ScrubStats},
     shard_core::{Entry, Erasing, Settings, ShardCore, StoreParts},
     snapshotter::Snapshotter,
@@ -69,6 +70,7 @@ struct Parts {
     closing: AtomicBool,
     shut_down: OnceCell<()>,
     data_dir: DataDir,
+    file_reader: FileReader,
 }
 
 /// A shard in [`Stats`].
@@ -181,6 +183,7 @@ impl Kuma {
             closing: AtomicBool::new(false),
             shut_down: OnceCell::new(),
             data_dir,
+            file_reader: options.file_reader,
         };
         let inner = Arc::new(Inner { limits: options.limits, parts: Arc::new(parts), kinds: RwLock::default() });
         if let Err(error) = inner.start_eraser().await {
@@ -502,6 +505,14 @@ impl Inner {
 
     pub(crate) fn context(&self) -> &str {
         &self.parts.context
+    }
+
+    pub(crate) fn data_dir(&self) -> &std::path::Path {
+        self.parts.data_dir.path()
+    }
+
+    pub(crate) fn file_reader(&self) -> &FileReader {
+        &self.parts.file_reader
     }
 
     pub(crate) fn disk_id(&self) -> DiskId {

@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use ractor::{Actor, ActorCell, ActorRef};
-use sqlx::SqlitePool;
+use sqlx::{Row, SqlitePool};
 use tokio::sync::oneshot;
 
 use crate::{
@@ -76,6 +76,17 @@ impl<B: Book> Database<B> {
             tokio::time::sleep(TRUNCATE_WAIT * attempt).await;
         }
         Err(busy().into())
+    }
+
+    /// The first pages of these tables.
+    pub(crate) async fn roots(&self, tables: &[&'static str]) -> Result<Vec<u32>, ReadError> {
+        let mut roots = Vec::new();
+        for table in tables {
+            let row = sqlx::query("SELECT rootpage FROM sqlite_schema WHERE name = ?").bind(*table);
+            let row = row.fetch_one(&self.readers).await.map_err(|error| self.read_error(error))?;
+            roots.push(row.try_get(0).map_err(|error| self.read_error(error))?);
+        }
+        Ok(roots)
     }
 
     /// Numbers about the writer.

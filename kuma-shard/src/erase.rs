@@ -107,6 +107,14 @@ impl Shard {
         Ok(rows)
     }
 
+    /// The first pages of the tables that sealed bytes are in, for [`crate::Residue`].
+    ///
+    /// # Errors
+    /// The file cannot be read.
+    pub async fn sealed_roots(&self) -> Result<Vec<u32>, ReadError> {
+        self.database().roots(&["log", "entity", "snapshot"]).await
+    }
+
     /// How many stubs an erased entity has, and how many events they stand for.
     ///
     /// # Errors

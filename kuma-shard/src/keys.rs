@@ -47,7 +47,7 @@ impl KeyRow {
     }
 
     /// The wrapping is left out: it changes with the master key, and is authenticated by itself. But not that there is one.
-    fn hash(&self) -> RowHash {
+    pub(crate) fn hash(&self) -> RowHash {
         let mut hasher = blake3::Hasher::new();
         hasher
             .update(if self.is_destroyed() { b"kumakey0" } else { b"kumakey1" })
@@ -57,7 +57,7 @@ impl KeyRow {
         RowHash::from(hasher.finalize())
     }
 
-    fn from_row(row: &SqliteRow) -> sqlx::Result<Option<Self>> {
+    pub(crate) fn from_row(row: &SqliteRow) -> sqlx::Result<Option<Self>> {
         let (Ok(key_id), Ok(id_hash)) =
             (row.try_get::<Vec<u8>, _>("key_id")?.try_into(), row.try_get::<Vec<u8>, _>("id_hash")?.try_into())
         else {
@@ -166,7 +166,7 @@ impl Book for KeyBook {
     }
 }
 
-const FIND: &str = "SELECT key_id, id_hash, wrapped, created_at FROM data_key WHERE key_id = ?";
+pub(crate) const FIND: &str = "SELECT key_id, id_hash, wrapped, created_at FROM data_key WHERE key_id = ?";
 
 /// Replaces a wrapping; a key that was destroyed meanwhile stays destroyed.
 async fn rewrap(connection: &mut SqliteConnection, key_id: [u8; 16], wrapped: &[u8]) -> sqlx::Result<()> {
@@ -199,7 +199,7 @@ async fn destroy(connection: &mut SqliteConnection, key_id: [u8; 16], digest: &m
     Ok(())
 }
 
-fn insert(row: &KeyRow) -> Bound {
+pub(crate) fn insert(row: &KeyRow) -> Bound {
     sqlx::query("INSERT INTO data_key(key_id, id_hash, wrapped, created_at) VALUES (?, ?, ?, ?)")
         .bind(row.key_id.to_vec())
         .bind(row.id_hash.0.to_vec())
@@ -224,7 +224,7 @@ pub struct KeyStore {
     database: Arc<Database<KeyBook>>,
 }
 
-fn spec(directory: PathBuf, disk_id: DiskId, options: &FileOptions) -> FileSpec {
+pub(crate) fn spec(directory: PathBuf, disk_id: DiskId, options: &FileOptions) -> FileSpec {
     FileSpec { path: directory.join(FILE_NAME), role: Role::Keys, disk_id, options: options.clone() }
 }
 
@@ -345,6 +345,14 @@ impl KeyStore {
         Ok(found.into_iter().filter_map(|key_id| key_id.try_into().ok()).collect())
     }
 
+    /// The first pages of the tables that keys are in, for [`crate::Residue`].
+    ///
+    /// # Errors
+    /// The file cannot be read.
+    pub async fn key_roots(&self) -> Result<Vec<u32>, ReadError> {
+        self.database.roots(&["data_key"]).await
+    }
+
     /// A wrapped secret of the store.
     ///
     /// # Errors
@@ -356,6 +364,14 @@ impl KeyStore {
             .await
             .map_err(|error| self.read_error(error))?;
         row.map(|row| row.try_get(0)).transpose().map_err(|error| self.read_error(error))
+    }
+
+    /// All wrapped secrets of the store, by name.
+    pub(crate) async fn secrets(&self) -> Result<Vec<(String, Vec<u8>)>, ReadError> {
+        let rows =
+            sqlx::query("SELECT name, wrapped FROM secret ORDER BY name").fetch_all(&self.database.readers).await;
+        let read = |row: &SqliteRow| Ok((row.try_get(0)?, row.try_get(1)?));
+        rows.and_then(|rows| rows.iter().map(read).collect()).map_err(|error| self.read_error(error))
     }
 
     /// Keys, destroyed ones too, in the order in which they were added, above `after`, with the number of each.

@@ -4,12 +4,14 @@
 //! - [`Shard`]: one file, one writer. [`Submission`]s and [`SnapshotRow`]s go in, and are settled once durable; rows come out verified.
 //! - [`KeyStore`]: the wrapped keys, in a file of their own.
 //! - [`NodeStore`]: who was erased, in a file of its own.
+//! - [`ShardBackup`], [`KeysBackup`]: copies of them in a backup.
 //!
 //! A database is written by one ractor actor that groups what gathers while a commit is in flight (`writer`), is copied from its
 //! log beside it (`checkpointer`), and is compared with its watermark at open (`watermark`). See docs/architecture.md.
 
 mod activation;
 mod append_keys;
+mod backup_file;
 mod book;
 mod budget;
 mod checkpointer;
@@ -20,6 +22,7 @@ mod erase;
 mod error;
 mod ids;
 mod keys;
+mod keys_backup;
 mod log_book;
 mod log_entry;
 mod log_row;
@@ -28,10 +31,13 @@ mod node;
 mod open;
 mod progress;
 mod reads;
+mod residue;
 mod row_hash;
 mod schema;
 mod scrub;
 mod shard;
+mod shard_backup;
+mod shard_restore;
 mod slots;
 mod snapshots;
 mod sqlite;
@@ -45,21 +51,26 @@ mod watermark;
 mod writer;
 
 pub use activation::Activation;
+pub use backup_file::CopyError;
 pub use budget::{Budget, Permit};
-pub use data_dir::{DataDir, DataDirError, STORE_FORMAT};
+pub use data_dir::{DataDir, DataDirError, STORE_FORMAT, create_directory, sync_directory};
 pub use entity_row::EntityRow;
 pub use erase::ErasedRows;
 pub use error::{CommitError, NotWritten, OpenError, ReadError};
 pub use ids::{CopyId, DiskId, EntityHash, Epoch, SLOTS, Slot};
 pub use keys::{KeyRow, KeyStore, KeysReport};
+pub use keys_backup::{KeysBackup, KeysContents};
 pub use log_entry::{Commit, OnSettled, Submission};
 pub use log_row::LogRow;
 pub use node::{NodeStore, ReceiptRow, Tombstone};
 pub use reads::PAGE_BYTES;
+pub use residue::{Residue, ResidueFound};
 pub use row_hash::Digest;
 pub use schema::FORMAT;
 pub use scrub::{BadRow, ScrubPage};
 pub use shard::{Shard, ShardOptions};
+pub use shard_backup::{CopyProgress, ShardContents, ShardCopied};
+pub use shard_restore::{Destroyed, RestoreFileError, ShardBackup, ShardRead};
 pub use snapshots::SnapshotRow;
 pub use sqlite::{Durability, FileOptions, missing_build_settings};
 pub use stats::StatsView;
