@@ -3,6 +3,7 @@
 //! `kuma-bench <command> --help` says what a command measures; the figures and the JSON frame are described in `frame`.
 
 mod activate;
+mod erase;
 mod frame;
 mod load;
 mod memory;
@@ -69,6 +70,15 @@ enum Command {
     /// its first use after the store was opened, snapshot_activation_ms the median of 100 more, each after it left memory. The
     /// reference reads the same rows with a prepared statement and drops them; replay_ratio is Kuma's time by its time.
     Replay(replay::ReplayArgs),
+    /// Entities erased from a full shard, against a bare delete of the same rows
+    ///
+    /// One shard unless told otherwise, filled with the events of other entities, those to be erased spread evenly among them.
+    /// erase_ms_per_1000_events is the median of entities erased one after the other with nothing else going on, receipt included;
+    /// small_store_ratio that time by the time in a store that holds little else; erase_io_kib_per_event what was written for it,
+    /// index flushes and checkpoints included. Then appends go on at a fixed rate, each timed from when it was due: append_p99_ms
+    /// without erasures, append_p99_while_erasing_ms with entities being erased one after the other. erasures_per_second is that of
+    /// erase_many. The reference deletes the rows of as large entities with plain statements and cuts the log.
+    Erase(erase::EraseArgs),
     /// Memory of live entities, against bare tasks with a channel
     ///
     /// The growth of the resident memory by the number of entities, each in a process of its own: after one append of 64 B to
@@ -136,6 +146,7 @@ fn run(command: Command) -> Result<()> {
             Command::Read(args) => read::run(args).await,
             Command::Activate(args) => activate::run(args).await,
             Command::Replay(args) => replay::run(args).await,
+            Command::Erase(args) => erase::run(args).await,
             Command::Memory(args) => memory::run(args).await,
             Command::MemoryPhase(args) => memory::phase(args).await,
         }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use kuma_shard::EntityHash;
 use serde::{Deserialize, Serialize};
 
-use crate::{Entity, Handle, Kuma, Reason, ReceiptId, store::Inner};
+use crate::{Entity, Handle, Kuma, Reason, ReceiptId, Version, store::Inner};
 
 /// The id of the one entity of this kind.
 const ID: &str = "erasures";
@@ -22,6 +22,8 @@ pub struct AuditLog {
     pub completed: u64,
     /// New lives of erased entities.
     pub recreated: u64,
+    /// Entities that were to be restored to an earlier version.
+    pub restored: u64,
 }
 
 /// What the audit log tells. The times are those of its commits.
@@ -42,6 +44,22 @@ pub enum AuditEvent {
     ErasureCompleted {
         /// The name of the erasure.
         receipt: ReceiptId,
+    },
+    /// An entity was about to be restored to an earlier version, as a new life. The life before is erased under the name of the receipt, if it
+    /// came to that.
+    Restored {
+        /// The name of the erasure of the life before.
+        receipt: ReceiptId,
+        /// The keyed hash of the entity, in hex.
+        entity: String,
+        /// Which life it has from then on.
+        life: u32,
+        /// To which version.
+        version: u64,
+        /// Why, in the caller's words.
+        why: String,
+        /// On whose behalf, in the caller's words.
+        by: Option<String>,
     },
     /// An erased entity was given a new life.
     Recreated {
@@ -65,6 +83,7 @@ impl Entity for AuditLog {
             AuditEvent::ErasureRequested { .. } => self.requested += 1,
             AuditEvent::ErasureCompleted { .. } => self.completed += 1,
             AuditEvent::Recreated { .. } => self.recreated += 1,
+            AuditEvent::Restored { .. } => self.restored += 1,
         }
     }
 }
@@ -73,6 +92,17 @@ impl AuditEvent {
     pub(crate) fn requested(receipt: ReceiptId, entity: EntityHash, reason: &Reason) -> Self {
         let Reason { why, by } = reason.clone();
         AuditEvent::ErasureRequested { receipt, entity: entity.to_hex(), why, by }
+    }
+
+    pub(crate) fn restored(
+        receipt: ReceiptId,
+        entity: EntityHash,
+        life: u32,
+        version: Version,
+        reason: &Reason,
+    ) -> Self {
+        let Reason { why, by } = reason.clone();
+        AuditEvent::Restored { receipt, entity: entity.to_hex(), life, version: version.0, why, by }
     }
 
     pub(crate) fn recreated(entity: EntityHash, life: u32, reason: &Reason) -> Self {

@@ -9,7 +9,7 @@
 use serde::Deserialize;
 use serde_bytes::Bytes;
 
-use crate::{Entity, Metadata, NewEvent, Refused};
+use crate::{Entity, Metadata, NewEvent, Refused, left_out::without_values};
 
 /// The events of one append, encoded once, where they were made.
 pub(crate) struct EncodedEvents {
@@ -62,7 +62,8 @@ impl EventEncoder {
         }
         split(&self.scratch).ok_or_else(|| undecodable("events must be an externally tagged enum".to_owned()))?;
         self.push(E::SCHEMA)?;
-        decode_typed::<E>(&self.scratch).map_err(|error| undecodable(error.to_string()))
+        let name = split(&self.scratch).map_or("", |(name, _)| name);
+        decode_typed::<E>(&self.scratch).map_err(|error| undecodable(without_values(&error, name)))
     }
 
     /// Adds an event whose type is not known here.

@@ -94,14 +94,14 @@ impl RawHandle {
         let who = self.who()?;
         let core = self.core()?;
         let (entity, kind) = (who.identity.hash, who.kind.name());
-        if core.is_erasing(entity) {
-            return Err(Refused::Erased { entity }.into());
-        }
         let unreadable = |error: kuma_shard::ReadError| EraseError::from(ReadError::unreadable(entity, error));
         let find = async || core.shard.find_entity(CopyId::GENESIS, entity).await.map_err(unreadable);
         let Some(former) = find().await?.filter(|row| row.erased_at_us.is_some()) else {
             return Err(Refused::NotErased { entity }.into());
         };
+        if core.is_erasing(&former) {
+            return Err(Refused::Erased { entity }.into());
+        }
         let no_key = |cause: VaultError| EraseError::from(Unavailable::NoKey { entity, cause });
         let (key_id, key) = core.vault.create(entity).await.map_err(no_key)?;
         let life = former.life + 1;

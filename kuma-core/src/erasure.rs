@@ -30,7 +30,8 @@ use crate::{
     audit::AuditEvent,
     ndjson::time_text,
     receipt::{LastBackups, Statement, StoreOutcome},
-    shard_core::{Erasing, ShardCore},
+    restore_to::{self, Replaced, RestoreRequest, Restored},
+    shard_core::{Erasing, Fate, ShardCore},
     store::{self, Inner},
 };
 
@@ -43,6 +44,8 @@ const RETRY_EVERY: Duration = Duration::from_secs(1);
 pub(crate) enum EraserMessage {
     /// Erase this entity.
     Erase(Request),
+    /// Restore this entity to an earlier version.
+    Restore(Box<RestoreRequest>),
     /// Erase what has gathered.
     Flush,
     /// Go on with what is not finished.
@@ -115,6 +118,7 @@ impl Actor for Eraser {
                     state.flush_queued = me.cast(EraserMessage::Flush).is_ok();
                 }
             }
+            EraserMessage::Restore(request) => state.restore(*request).await,
             EraserMessage::Flush => {
                 state.flush_queued = false;
                 state.flush().await;
@@ -220,6 +224,10 @@ impl EraserState {
         }
     }
 
+    fn is_erasing(&self, key_id: [u8; 16]) -> bool {
+        self.erasing.fate(key_id) == Some(Fate::Erased)
+    }
+
     /// Finds out what each request is about, and answers those that need no work.
     async fn resolve(&self, requests: Vec<Request>, at_us: i64) -> Vec<Job> {
         let mut jobs: Vec<Job> = Vec::new();
@@ -252,11 +260,11 @@ impl EraserState {
         let unreadable = |error: kuma_shard::ReadError| EraseError::from(ReadError::unreadable(entity, error));
         let row = core.shard.find_entity(CopyId::GENESIS, entity).await.map_err(unreadable)?;
         let row = row.ok_or(Refused::NeverWritten { entity })?;
-        if row.erased_at_us.is_some() || self.erasing.contains(entity) {
+        if row.erased_at_us.is_some() || self.is_erasing(row.key_id) {
             let tombstones = self.node.tombstones_of(entity).await.map_err(unreadable)?;
             if let Some(tombstone) = tombstones.into_iter().find(|tombstone| tombstone.key_id == row.key_id) {
                 let receipt = self.node.receipt(tombstone.receipt_id).await.map_err(unreadable)?;
-                return match receipt.filter(|_| !self.erasing.contains(entity)) {
+                return match receipt.filter(|_| !self.is_erasing(row.key_id)) {
                     Some(body) => {
                         let receipt = body.parse().map_err(|error: crate::ReceiptError| {
                             EraseError::from(Unavailable::NotErased { entity, detail: error.to_string() })
@@ -287,13 +295,38 @@ impl EraserState {
         if !tombstones.is_empty() {
             self.node.entomb(tombstones).await.map_err(|error| error.to_string())?;
         }
-        new().for_each(|(job, _)| self.erasing.add(job.entity()));
+        new().for_each(|(job, _)| self.erasing.add(job.tombstone.key_id, Fate::Erased));
         Ok(())
+    }
+
+    /// Replaces the life of an entity, and erases the former one.
+    async fn restore(&mut self, request: RestoreRequest) {
+        let Some(inner) = self.store.upgrade() else { return };
+        let restored = match restore_to::replace(&inner, &self.node, &self.erasing, &request).await {
+            Ok(Replaced { tombstone, life }) => {
+                let (reply, receipt) = oneshot::channel();
+                let mut job = Job::new(tombstone, Some(request.core.clone()), Some(request.reason.clone()));
+                job.waiting.push(reply);
+                self.carry_out(&inner, vec![job]).await;
+                let receipt = receipt.await.unwrap_or_else(|_| Err(Unavailable::ShuttingDown.into()));
+                receipt.map(|receipt| Restored { life, version: request.version, receipt })
+            }
+            Err(error) => {
+                // What is not certain is found out.
+                self.owing = true;
+                Err(error)
+            }
+        };
+        // A caller that is gone does not want to know.
+        let _ = request.reply.send(restored);
     }
 
     /// Goes on with what is not finished.
     async fn resume(&mut self) {
         let Some(inner) = self.store.upgrade() else { return };
+        if let Err(error) = restore_to::settle(&inner, &self.node, &self.erasing).await {
+            return tracing::warn!(%error, "it is not known yet which entities were restored; it is looked at again");
+        }
         let unfinished = match self.node.unfinished().await {
             Ok(unfinished) => unfinished,
             Err(error) => {
@@ -306,7 +339,7 @@ impl EraserState {
             let batch = left.by_ref().take(BATCH_MAX);
             let job = |tombstone: Tombstone| Job::new(tombstone, inner.core_of_slot(tombstone.slot), None);
             let jobs: Vec<Job> = batch.map(job).collect();
-            jobs.iter().for_each(|job| self.erasing.add(job.entity()));
+            jobs.iter().for_each(|job| self.erasing.add(job.tombstone.key_id, Fate::Erased));
             self.carry_out(&inner, jobs).await;
         }
     }
@@ -382,7 +415,7 @@ impl EraserState {
             let (entity, receipt_id) = (job.entity(), job.receipt_id());
             let outcome = match job.receipt {
                 Some(receipt) => {
-                    self.erasing.remove(entity);
+                    self.erasing.remove(job.tombstone.key_id);
                     metrics.erasures_completed.increment(1);
                     metrics.erase_seconds.record(began.elapsed());
                     tracing::info!(%entity, %receipt_id, commits = job.rows.commits, "an entity was erased");

@@ -169,6 +169,30 @@ pub enum Refused {
         /// The kind.
         kind: String,
     },
+    /// An entity can only be restored to the end of a commit.
+    #[error(
+        "version {asked} of entity {entity} is in the middle of the commit of versions {first} to {last}; nothing was changed, take the version before it or its last one"
+    )]
+    WithinCommit {
+        /// The entity.
+        entity: EntityHash,
+        /// The version that was asked for.
+        asked: Version,
+        /// The first version of the commit.
+        first: Version,
+        /// Its last one.
+        last: Version,
+    },
+    /// More than is written in one transaction.
+    #[error(
+        "the history of entity {entity} has more than {bytes_max} bytes; nothing was changed, export it, erase it, recreate it and import what is wanted"
+    )]
+    HistoryTooLarge {
+        /// The entity.
+        entity: EntityHash,
+        /// The limit.
+        bytes_max: usize,
+    },
     /// Whoever asks for an erasure has to say why.
     #[error("the reason is refused: {detail}; say in 1 to 1024 bytes why, and by whom, without naming the person")]
     InvalidReason {
@@ -244,6 +268,12 @@ pub enum Unavailable {
         "an earlier append to entity {entity} in the same sequence failed; this one was not written, send it again in a new sequence after that one"
     )]
     SequenceBroken {
+        /// The entity.
+        entity: EntityHash,
+    },
+    /// The entity is being restored to an earlier version.
+    #[error("entity {entity} is being restored to an earlier version; retry")]
+    BeingRestored {
         /// The entity.
         entity: EntityHash,
     },
@@ -325,6 +355,7 @@ impl ReadError {
     pub(crate) fn unreadable(entity: EntityHash, cause: impl Into<ReplayError>) -> Self {
         match cause.into() {
             ReplayError::Erased | ReplayError::Vault(VaultError::KeyDestroyed) => Refused::Erased { entity }.into(),
+            ReplayError::Replaced => Unavailable::BeingRestored { entity }.into(),
             cause => Unavailable::Unreadable { entity, cause }.into(),
         }
     }
@@ -386,6 +417,9 @@ pub enum ReplayError {
     /// They were erased, perhaps while they were being read.
     #[error("it was erased")]
     Erased,
+    /// It is being restored to an earlier version.
+    #[error("it is being restored to an earlier version")]
+    Replaced,
     /// The sealed events were altered, or belong elsewhere.
     #[error("the commit at version {version} does not open with the entity's key; restore it from a backup")]
     DoesNotOpen {

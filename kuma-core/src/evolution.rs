@@ -15,6 +15,7 @@ use serde::{Serialize, de::DeserializeOwned};
 use crate::{
     body::{join, split},
     kind::Undecodable,
+    left_out::without_values,
 };
 
 type Change = Arc<dyn Fn(&[u8]) -> Result<Vec<u8>, String> + Send + Sync>;
@@ -113,7 +114,7 @@ impl Upcasters {
         change: impl Fn(Old) -> New + Send + Sync + 'static,
     ) -> Self {
         let change = move |data: &[u8]| {
-            let old = rmp_serde::from_slice(data).map_err(|error| error.to_string())?;
+            let old = rmp_serde::from_slice(data).map_err(|error| without_values(&error, ""))?;
             rmp_serde::to_vec_named(&change(old)).map_err(|error| error.to_string())
         };
         self.step(schema, name, What::Change(Arc::new(change)))

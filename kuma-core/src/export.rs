@@ -159,7 +159,7 @@ impl Kuma {
                     })?;
                     after = row.eid;
                     // Neither what is erased nor what only this store can write.
-                    if row.erased_at_us.is_none() && !core.is_erasing(row.id_hash) && !audit::is_reserved(&row.kind) {
+                    if row.erased_at_us.is_none() && !core.is_erasing(&row) && !audit::is_reserved(&row.kind) {
                         export.entity(&self.handle_of(core, row).await?).await?;
                         progress(&export.progress);
                     }

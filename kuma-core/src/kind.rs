@@ -13,6 +13,7 @@ use serde_bytes::Bytes;
 use crate::{
     Entity, Refused, Upcasters,
     body::{self, split},
+    left_out::without_values,
     snapshot,
 };
 
@@ -98,9 +99,9 @@ impl<E: Entity> Kind for TypedKind<E> {
     fn decode(&self, events: &[(u32, &Bytes)]) -> Result<Decoded, Undecodable> {
         let decode = |(schema, event): &(u32, &Bytes)| {
             let (_, event) = self.upcast(*schema, event)?;
-            body::decode_typed::<E>(&event).map_err(|error| Undecodable {
-                event: split(&event).map(|(name, _)| name.to_owned()).unwrap_or_default(),
-                detail: error.to_string(),
+            body::decode_typed::<E>(&event).map_err(|error| {
+                let event = split(&event).map(|(name, _)| name.to_owned()).unwrap_or_default();
+                Undecodable { detail: without_values(&error, &event), event }
             })
         };
         Ok(Box::new(events.iter().map(decode).collect::<Result<Vec<E::Event>, _>>()?))
@@ -176,7 +177,7 @@ impl Kind for DocumentKind {
             let (name, data) =
                 split(event).ok_or_else(|| Undecodable { event: String::new(), detail: "it has no name".into() })?;
             rmp_serde::from_slice(data)
-                .map_err(|error| Undecodable { event: name.to_owned(), detail: error.to_string() })
+                .map_err(|error| Undecodable { event: name.to_owned(), detail: without_values(&error, name) })
         };
         Ok(Box::new(events.iter().map(decode).collect::<Result<Vec<serde_json::Value>, _>>()?))
     }

@@ -41,6 +41,7 @@
 mod actor;
 mod append;
 mod audit;
+mod backup;
 mod body;
 mod command;
 mod entity;
@@ -55,6 +56,8 @@ mod history;
 mod identity;
 mod import;
 mod kind;
+mod ledger;
+mod left_out;
 mod live;
 mod ndjson;
 mod observe;
@@ -63,6 +66,8 @@ mod receipt;
 mod replay;
 mod reply;
 mod restart;
+mod restore;
+mod restore_to;
 mod retry;
 mod root;
 mod scan;
@@ -83,6 +88,12 @@ mod verify_receipt;
 
 pub use append::{Append, Appended, Pending};
 pub use audit::{AuditEvent, AuditLog};
+pub use backup::{
+    Backup, BackupContents, BackupError, BackupProgress, BackupReport, BackupStep, KeysBackupReport,
+    manifest::{
+        Backed, BackupFileEntry, BackupOf, EventsManifest, KeysManifest, LedgerEntry, ManifestError, ShardEntry,
+    },
+};
 pub use command::{Command, ExecuteError, Executed};
 pub use entity::{Entity, Metadata, NewEvent, RecordedEvent, Version};
 pub use erase::ErasedMany;
@@ -96,11 +107,14 @@ pub use identity::slot_of;
 pub use import::{Import, ImportError, ImportProblem, ImportProgress, ImportReport};
 pub use kuma_crypto::{LocalMasterKey, MasterKey, MasterKeyError, PublicKey};
 pub use kuma_shard::{
-    CommitError, DataDirError, Durability, EntityHash, NotWritten, OpenError, ShardReport, Slot, StatsView,
+    CommitError, CopyError, DataDirError, Durability, EntityHash, NotWritten, OpenError, ShardReport, Slot, StatsView,
 };
+pub use ledger::{LedgerError, LedgerSummary};
 pub use ndjson::{LineProblem, Manifest};
 pub use options::{MasterKeySource, Options};
 pub use receipt::{LastBackups, Reason, Receipt, ReceiptError, ReceiptId, Statement, StoreOutcome};
+pub use restore::{Restore, RestoreError, RestoreProgress, RestoreReport, RestoreStep, RestoreWarning};
+pub use restore_to::Restored;
 pub use retry::Outcome;
 pub use scrub::ScrubStats;
 pub use sequence::Sequence;

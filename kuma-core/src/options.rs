@@ -33,6 +33,8 @@ pub struct Options {
     pub(crate) durability: Durability,
     pub(crate) vfs: Option<String>,
     pub(crate) keep_deleted_bytes: bool,
+    /// The directory is one that a restore has filled and not finished.
+    pub(crate) restoring: bool,
     pub(crate) idle_timeout: Duration,
     pub(crate) memory_budget: usize,
     pub(crate) limits: Limits,
@@ -76,6 +78,7 @@ impl Options {
             durability: Durability::Full,
             vfs: None,
             keep_deleted_bytes: false,
+            restoring: false,
             idle_timeout: Duration::from_secs(300),
             memory_budget: 1 << 30,
             limits: Limits { event_bytes_max: 1 << 20, append_bytes_max: 4 << 20, append_events_max: 4096 },

@@ -16,7 +16,7 @@ use kuma_crypto::{AppendKeyHash, CommitPlace, DataKey, IdHash, KeyId, hash_appen
 use kuma_shard::{CopyId, EntityRow, LogRow, Shard};
 
 use crate::{
-    ReadError, Refused, ReplayError, Version,
+    ReadError, ReplayError, Version,
     body::Body,
     identity::Identity,
     kind::{Kind, State},
@@ -70,26 +70,16 @@ pub(crate) enum Until {
 /// Rebuilds the entity.
 pub(crate) async fn replay(core: &ShardCore, kind: &dyn Kind, identity: &Identity) -> Result<Replayed, ReadError> {
     let entity = identity.hash;
-    match find_and_fold(core, kind, identity).await {
-        Ok(Some(replayed)) => Ok(replayed),
-        Ok(None) => Err(Refused::Erased { entity }.into()),
-        Err(cause) => Err(ReadError::unreadable(entity, cause)),
-    }
+    find_and_fold(core, kind, identity).await.map_err(|cause| ReadError::unreadable(entity, cause))
 }
 
-async fn find_and_fold(
-    core: &ShardCore,
-    kind: &dyn Kind,
-    identity: &Identity,
-) -> Result<Option<Replayed>, ReplayError> {
+async fn find_and_fold(core: &ShardCore, kind: &dyn Kind, identity: &Identity) -> Result<Replayed, ReplayError> {
     let Some(mut row) = core.shard.find_entity(CopyId::GENESIS, identity.hash).await? else {
         let past = Past::first(kind)?;
         let cost = ReplayCost::default();
-        return Ok(Some(Replayed { opener: None, past, cost, snapshot_bytes: 0, misfit: false }));
+        return Ok(Replayed { opener: None, past, cost, snapshot_bytes: 0, misfit: false });
     };
-    if row.erased_at_us.is_some() || core.is_erasing(identity.hash) {
-        return Ok(None);
-    }
+    core.check_alive(&row)?;
     if row.kind == *kind.name() {
         // One allocation for all entities of the kind.
         row.kind = kind.name().clone();
@@ -97,7 +87,7 @@ async fn find_and_fold(
     let key = core.vault.key(identity.hash, KeyId(row.key_id)).await?;
     let opener = Opener { row: Arc::new(row.without_id()), key };
     let Folded { past, cost, snapshot_bytes, misfit } = fold_until(core, kind, &opener, Until::Now).await?;
-    Ok(Some(Replayed { opener: Some(opener), past, cost, snapshot_bytes, misfit }))
+    Ok(Replayed { opener: Some(opener), past, cost, snapshot_bytes, misfit })
 }
 
 /// The entity's state as far as `until`.
@@ -295,9 +285,7 @@ impl Until {
 /// What it takes to read the entity's events without folding them; none if it was never written.
 pub(crate) async fn find(core: &ShardCore, identity: &Identity) -> Result<Option<Opener>, ReplayError> {
     let Some(row) = core.shard.find_entity(CopyId::GENESIS, identity.hash).await? else { return Ok(None) };
-    if row.erased_at_us.is_some() || core.is_erasing(identity.hash) {
-        return Err(ReplayError::Erased);
-    }
+    core.check_alive(&row)?;
     let key = core.vault.key(identity.hash, KeyId(row.key_id)).await?;
     Ok(Some(Opener { row: Arc::new(row), key }))
 }

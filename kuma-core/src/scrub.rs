@@ -182,7 +182,7 @@ impl ScrubState {
 
     /// What is wrong with a row that matches its checksum, if anything.
     async fn check(&mut self, core: &ShardCore, entity: &EntityRow, row: &LogRow) -> Result<(), String> {
-        if row.is_stub() && entity.erased_at_us.is_some() || core.is_erasing(entity.id_hash) {
+        if row.is_stub() && entity.erased_at_us.is_some() || core.is_erasing(entity) {
             self.openers.remove(&(core.shard.number(), entity.eid));
             return Ok(());
         }

@@ -1,18 +1,18 @@
 //! What the actors of one shard share.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::HashMap,
     sync::Arc,
     time::{Duration, Instant},
 };
 
-use kuma_shard::{Activation, EntityHash, NodeStore, Shard, Submission};
+use kuma_shard::{Activation, EntityHash, EntityRow, NodeStore, Shard, Submission};
 use parking_lot::Mutex;
 use ractor::ActorRef;
 use tokio::sync::oneshot;
 
 use crate::{
-    Unavailable,
+    ReplayError, Unavailable,
     live::{Clock, Live},
     observe::CoreMetrics,
     options::WallClock,
@@ -55,21 +55,31 @@ pub(crate) struct StoreParts {
     pub(crate) erasing: Erasing,
 }
 
-/// The entities whose erasure is not finished. Their events may still be there, and are nobody's any more.
+/// The lives whose erasure is not finished, by the names of their keys: a later life of the same entity is not one of them. Their events may
+/// still be there, and are nobody's any more.
 #[derive(Clone, Default)]
-pub(crate) struct Erasing(Arc<Mutex<HashSet<EntityHash>>>);
+pub(crate) struct Erasing(Arc<Mutex<HashMap<[u8; 16], Fate>>>);
+
+/// What becomes of a life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Fate {
+    /// It is erased, or will be.
+    Erased,
+    /// The next life takes its place in a moment, unless that fails.
+    Replaced,
+}
 
 impl Erasing {
-    pub(crate) fn add(&self, entity: EntityHash) {
-        self.0.lock().insert(entity);
+    pub(crate) fn add(&self, key_id: [u8; 16], fate: Fate) {
+        self.0.lock().insert(key_id, fate);
     }
 
-    pub(crate) fn remove(&self, entity: EntityHash) {
-        self.0.lock().remove(&entity);
+    pub(crate) fn remove(&self, key_id: [u8; 16]) {
+        self.0.lock().remove(&key_id);
     }
 
-    pub(crate) fn contains(&self, entity: EntityHash) -> bool {
-        self.0.lock().contains(&entity)
+    pub(crate) fn fate(&self, key_id: [u8; 16]) -> Option<Fate> {
+        self.0.lock().get(&key_id).copied()
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -111,9 +121,19 @@ impl ShardCore {
         }
     }
 
-    /// Whether the entity's erasure has begun and is not finished.
-    pub(crate) fn is_erasing(&self, entity: EntityHash) -> bool {
-        self.erasing.contains(entity)
+    /// Whether the erasure of this life has begun and is not finished.
+    pub(crate) fn is_erasing(&self, life: &EntityRow) -> bool {
+        self.erasing.fate(life.key_id) == Some(Fate::Erased)
+    }
+
+    /// Whether this life may be read and written.
+    pub(crate) fn check_alive(&self, life: &EntityRow) -> Result<(), ReplayError> {
+        match self.erasing.fate(life.key_id) {
+            _ if life.erased_at_us.is_some() => Err(ReplayError::Erased),
+            Some(Fate::Erased) => Err(ReplayError::Erased),
+            Some(Fate::Replaced) => Err(ReplayError::Replaced),
+            None => Ok(()),
+        }
     }
 
     /// The live entity, if it is in memory and not leaving.

@@ -28,7 +28,7 @@ use crate::{
     root::{Root, RootMessage},
     scan::FileReader,
     scrub::{NextPage, Scrub, ScrubArguments, ScrubStats},
-    shard_core::{Entry, Erasing, Settings, ShardCore, StoreParts},
+    shard_core::{Entry, Erasing, Fate, Settings, ShardCore, StoreParts},
     snapshotter::Snapshotter,
     supervisor::SupervisorMessage,
     vault::Vault,
@@ -126,8 +126,10 @@ impl Kuma {
     /// See [`StartError`]. No row of an existing store is changed.
     pub async fn start(options: Options) -> Result<Kuma, StartError> {
         options.check()?;
-        let mut data_dir =
-            DataDir::open(&options.data_dir, &options.context, options.shards, Options::shards_default())?;
+        let mut data_dir = match options.restoring {
+            true => DataDir::open_restored(&options.data_dir)?,
+            false => DataDir::open(&options.data_dir, &options.context, options.shards, Options::shards_default())?,
+        };
         let is_new = data_dir.is_new();
         let master = options.load_master_key(is_new).map_err(StartError::MasterKey)?;
         let file = FileOptions {
@@ -321,7 +323,14 @@ async fn open_parts(
     };
     let erasing = Erasing::default();
     match node.unfinished().await {
-        Ok(unfinished) => unfinished.iter().for_each(|tombstone| erasing.add(tombstone.id_hash)),
+        Ok(unfinished) => unfinished.iter().for_each(|tombstone| erasing.add(tombstone.key_id, Fate::Erased)),
+        Err(error) => {
+            close(&[], &keys, Some(&node)).await;
+            return Err(StartError::Erasures(error.to_string()));
+        }
+    }
+    match node.intended().await {
+        Ok(intended) => intended.iter().for_each(|(tombstone, _)| erasing.add(tombstone.key_id, Fate::Replaced)),
         Err(error) => {
             close(&[], &keys, Some(&node)).await;
             return Err(StartError::Erasures(error.to_string()));
@@ -513,6 +522,10 @@ impl Inner {
 
     pub(crate) fn file_reader(&self) -> &FileReader {
         &self.parts.file_reader
+    }
+
+    pub(crate) fn data_path(&self) -> &std::path::Path {
+        self.parts.data_dir.path()
     }
 
     pub(crate) fn disk_id(&self) -> DiskId {

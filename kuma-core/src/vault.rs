@@ -14,9 +14,9 @@ use kuma_shard::{EntityHash, KeyRow, KeyStore};
 use crate::{VaultError, micros};
 
 /// Under this name `keys.db` holds the secret that keys the id hashes.
-const ID_SECRET: &str = "id_secret";
+pub(crate) const ID_SECRET: &str = "id_secret";
 /// And under this one the key that signs receipts.
-const NODE_KEY: &str = "node_key";
+pub(crate) const NODE_KEY: &str = "node_key";
 
 pub(crate) struct Vault {
     pub(crate) keys: KeyStore,

@@ -149,7 +149,7 @@ struct KeyCheck<'a, F> {
 
 impl<F: FnMut() + Send> CommitCheck for KeyCheck<'_, F> {
     async fn check(&mut self, row: &EntityRow, commit: &LogRow) -> Result<(), String> {
-        if self.core.is_erasing(row.id_hash) {
+        if self.core.is_erasing(row) {
             return Ok(());
         }
         if row.erased_at_us.is_some() {

@@ -4,6 +4,7 @@
 //! - One process at a time. The lock is the operating system's, so that it ends with the process, however that ends.
 //! - `store.json` says "creating" until every file is there and synced, and "ready" from then on. A directory that is still being
 //!   created holds nothing that anyone was promised, and is made anew; one that is ready never loses a file silently.
+//! - It says "restoring" while a backup is put into it: nobody but a restore opens such a directory, and that begins anew.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -82,6 +83,22 @@ pub enum DataDirError {
         /// The path.
         path: PathBuf,
     },
+    /// A restore into it was interrupted.
+    #[error(
+        "{path} holds a restore that did not come to its end, which may lack events and hold what was erased; run the restore again, it begins anew"
+    )]
+    Restoring {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// A restore needs a directory of its own.
+    #[error("{path} is not empty ({found}), and a restore replaces nothing; choose a new directory")]
+    NotEmpty {
+        /// The directory.
+        path: PathBuf,
+        /// What is in it.
+        found: String,
+    },
     /// There are no random bytes for an identity.
     #[error("the operating system gives no random bytes for the identity of a new store")]
     NoRandomness,
@@ -105,6 +122,7 @@ struct StoreFile {
 enum StoreState {
     Creating,
     Ready,
+    Restoring,
 }
 
 /// A locked data directory.
@@ -155,6 +173,9 @@ impl DataDir {
         match &found {
             // Nobody was promised anything yet: it belongs to whoever finishes it.
             Some((store, _)) if store.state == StoreState::Creating => {}
+            Some((store, _)) if store.state == StoreState::Restoring => {
+                return Err(DataDirError::Restoring { path: path.to_owned() });
+            }
             Some((store, disk_id)) => {
                 if store.context != context {
                     let (found, expected) = (store.context.clone(), context.to_owned());
@@ -173,13 +194,79 @@ impl DataDir {
             }
             None => {}
         }
-        remove_unfinished(path).map_err(fail)?;
+        let shards = shards.unwrap_or(shards_default);
+        Ok(DataDir::begin(path, lock, StoreState::Creating, context, shards)?)
+    }
+
+    /// Locks `path`, makes it if it does not exist, and gives it the identity of a store that is being restored. It must be empty, but for
+    /// a master key in `keep` and what a restore that never finished has left.
+    ///
+    /// # Errors
+    /// See [`DataDirError`]. What is there is left untouched.
+    pub fn begin_restore(path: &Path, context: &str, shards: u16, keep: &[&str]) -> Result<Self, DataDirError> {
+        let fail = |error| directory_error(path, error);
+        if !path.try_exists().map_err(fail)? {
+            create_directory(path).map_err(fail)?;
+        } else if !path.is_dir() {
+            return Err(DataDirError::NotADirectory { path: path.to_owned() });
+        }
+        // Before the lock makes a file.
+        let is_restore = match fs::read(path.join(STORE_FILE)) {
+            Ok(bytes) => parse(&path.join(STORE_FILE), path, &bytes)?.0.state == StoreState::Restoring,
+            Err(_) => false,
+        };
+        for entry in fs::read_dir(path).map_err(fail)? {
+            let name = entry.map_err(fail)?.file_name();
+            let name = name.to_string_lossy();
+            let allowed = name == LOCK_FILE || name == "lost+found" || keep.contains(&&*name);
+            let left = is_restore && (is_ours(&name) || name.starts_with(STORE_FILE));
+            if !allowed && !left {
+                return Err(DataDirError::NotEmpty { path: path.to_owned(), found: name.into_owned() });
+            }
+        }
+        let lock = lock(path)?;
+        Ok(DataDir::begin(path, lock, StoreState::Restoring, context, shards)?)
+    }
+
+    /// Opens a directory that [`DataDir::begin_restore`] began, whose files are all there, once more before [`DataDir::finish`].
+    ///
+    /// # Errors
+    /// See [`DataDirError`].
+    pub fn open_restored(path: &Path) -> Result<Self, DataDirError> {
+        let lock = lock(path)?;
+        let store_path = path.join(STORE_FILE);
+        let bytes = fs::read(&store_path).map_err(|error| directory_error(&store_path, error))?;
+        let (store, disk_id) = parse(&store_path, path, &bytes)?;
+        if store.state != StoreState::Restoring {
+            return Err(DataDirError::NotEmpty { path: path.to_owned(), found: STORE_FILE.to_owned() });
+        }
+        Ok(DataDir { path: path.to_owned(), store, disk_id, lock })
+    }
+
+    /// Takes away what was made for a store that is not finished, its identity last.
+    ///
+    /// # Errors
+    /// A file could not be removed.
+    pub fn abandon(self) -> Result<(), DataDirError> {
+        let fail = |error| directory_error(&self.path, error);
+        if self.store.state == StoreState::Ready {
+            return Ok(());
+        }
+        remove_unfinished(&self.path).map_err(fail)?;
+        fs::remove_file(self.path.join(STORE_FILE)).map_err(fail)?;
+        fs::remove_file(self.path.join(LOCK_FILE)).map_err(fail)?;
+        Ok(())
+    }
+
+    /// A new identity, of a store whose files are still to be made.
+    fn begin(path: &Path, lock: Lock, state: StoreState, context: &str, shards: u16) -> Result<Self, DataDirError> {
+        remove_unfinished(path).map_err(|error| directory_error(path, error))?;
         let disk_id = DiskId::generate().map_err(|_| DataDirError::NoRandomness)?;
         let store = StoreFile {
             format: STORE_FORMAT,
-            state: StoreState::Creating,
+            state,
             context: context.to_owned(),
-            shards: shards.unwrap_or(shards_default),
+            shards,
             disk_id: disk_id.to_string(),
         };
         let data_dir = DataDir { path: path.to_owned(), store, disk_id, lock };
@@ -282,7 +369,10 @@ fn lock(path: &Path) -> Result<Lock, DataDirError> {
 
 /// Makes the directory and its missing parents, and syncs the parent of each: a database in a directory whose own entry was never
 /// synced is gone after a power loss, however well it was synced itself.
-fn create_directory(path: &Path) -> io::Result<()> {
+///
+/// # Errors
+/// The operating system refused.
+pub fn create_directory(path: &Path) -> io::Result<()> {
     let missing: Vec<&Path> =
         path.ancestors().take_while(|path| !path.as_os_str().is_empty() && !path.exists()).collect();
     fs::create_dir_all(path)?;
@@ -293,7 +383,11 @@ fn create_directory(path: &Path) -> io::Result<()> {
     Ok(())
 }
 
-fn sync_directory(path: &Path) -> io::Result<()> {
+/// Syncs the entries of a directory.
+///
+/// # Errors
+/// The operating system refused.
+pub fn sync_directory(path: &Path) -> io::Result<()> {
     File::open(path)?.sync_all()
 }
 
@@ -305,18 +399,20 @@ fn has_data(path: &Path) -> bool {
 fn remove_unfinished(path: &Path) -> io::Result<()> {
     for entry in fs::read_dir(path)? {
         let entry = entry?;
-        let name = entry.file_name();
-        let name = name.to_string_lossy();
-        let stem = name.split('.').next().unwrap_or_default();
-        let extension = name.split_once('.').map(|(_, extension)| extension).unwrap_or_default();
-        let ours = stem == "keys"
-            || stem == "node"
-            || stem.strip_prefix("shard-").is_some_and(|number| number.parse::<u16>().is_ok());
-        if ours && matches!(extension, "db" | "db-wal" | "db-shm" | "db-journal" | "watermark") {
+        if is_ours(&entry.file_name().to_string_lossy()) {
             fs::remove_file(entry.path())?;
         }
     }
     Ok(())
+}
+
+/// Whether a file has the name of one that a store is made of.
+fn is_ours(name: &str) -> bool {
+    let (stem, extension) = name.split_once('.').unwrap_or((name, ""));
+    let ours = stem == "keys"
+        || stem == "node"
+        || stem.strip_prefix("shard-").is_some_and(|number| number.parse::<u16>().is_ok());
+    ours && matches!(extension, "db" | "db-wal" | "db-shm" | "db-journal" | "watermark")
 }
 
 #[cfg(test)]
@@ -363,6 +459,39 @@ mod tests {
         assert!(matches!(open(dir.path()), Err(DataDirError::InUse { .. })));
         first.release();
         open(dir.path()).unwrap();
+    }
+
+    #[test]
+    fn a_restore_that_did_not_finish_is_opened_by_nobody_and_begun_anew() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("data");
+        let begin = |path: &Path| DataDir::begin_restore(path, "test", 4, &["master.key"]);
+        let first = begin(&path).unwrap();
+        fs::write(path.join("shard-000.db"), b"half").unwrap();
+        fs::write(path.join("master.key"), b"key").unwrap();
+        let id = first.disk_id();
+        drop(first);
+        assert!(matches!(open(&path), Err(DataDirError::Restoring { .. })));
+        let second = begin(&path).unwrap();
+        assert!(second.disk_id() != id && !path.join("shard-000.db").exists() && path.join("master.key").exists());
+        drop(second);
+        DataDir::open_restored(&path).unwrap().finish().unwrap();
+        assert!(!open(&path).unwrap().is_new());
+        // From now on it is a store like any other.
+        assert!(matches!(begin(&path), Err(DataDirError::NotEmpty { .. })));
+        fs::write(dir.path().join("mine.txt"), b"not ours").unwrap();
+        assert!(
+            matches!(begin(dir.path()), Err(DataDirError::NotEmpty { found, .. }) if found != "data" || !found.is_empty())
+        );
+    }
+
+    #[test]
+    fn an_abandoned_restore_leaves_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let data_dir = DataDir::begin_restore(dir.path(), "test", 4, &[]).unwrap();
+        fs::write(dir.path().join("keys.db"), b"half").unwrap();
+        data_dir.abandon().unwrap();
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
     }
 
     #[test]

@@ -31,6 +31,7 @@ mod node;
 mod open;
 mod progress;
 mod reads;
+mod replace;
 mod residue;
 mod row_hash;
 mod schema;

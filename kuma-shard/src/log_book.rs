@@ -27,6 +27,7 @@ use crate::{
     erase::{self, EraseStep, ErasedRows, StepDone, Stubbed},
     log_entry::{Commit, LogEntry, Work},
     progress::Stored,
+    replace::Replacement,
     row_hash::{RowFields, RowHash},
     slots::{self, Ownership, SlotImage, SlotSum},
     snapshots,
@@ -126,9 +127,10 @@ impl LogBook {
 
     /// Entities in `group` that have commits in the log, and whose heads are not known.
     fn unknown_heads(&self, group: &[LogEntry]) -> BTreeSet<i64> {
-        let commits = group.iter().filter_map(LogEntry::commit);
+        let commits = group.iter().flat_map(LogEntry::commits);
         let stored = commits.filter(|commit| !commit.create).map(|commit| commit.entity.eid);
-        stored.filter(|eid| !self.heads.contains_key(eid)).collect()
+        let replaced = group.iter().filter_map(LogEntry::replacement).map(|replacement| replacement.former.eid);
+        stored.chain(replaced).filter(|eid| !self.heads.contains_key(eid)).collect()
     }
 
     async fn learn_heads(&mut self, connection: &mut SqliteConnection, entities: BTreeSet<i64>) -> sqlx::Result<()> {
@@ -184,6 +186,20 @@ impl LogBook {
         Ok(())
     }
 
+    /// Whether the former life is the one that the next one was made from.
+    fn check_replacement(&self, replacement: &Replacement) -> Result<(), NotWritten> {
+        let Replacement { former, version, commits } = replacement;
+        if self.image(former.slot).is_none_or(|(_, image)| image.ownership != Ownership::Owned) {
+            return Err(NotWritten::NotOwner { slot: former.slot });
+        }
+        let head = self.head(former.eid);
+        if head != Head::At(*version) || commits.is_empty() {
+            let detail = format!("the life to be replaced is not at version {version}");
+            return Err(NotWritten::Conflict { file: self.file.to_string(), detail });
+        }
+        Ok(())
+    }
+
     /// The commit with this append key, if it is staged or in the tail. Those in the index are not looked at: that would be a page
     /// to read for each commit.
     fn noted_key(&self, eid: i64, append_key: &[u8]) -> Option<u64> {
@@ -231,16 +247,29 @@ impl LogBook {
         let mut poisoned = Vec::new();
         let mut places = Vec::with_capacity(group.len());
         for entry in group.iter_mut() {
-            let Work::Commit(activation, commit) = &entry.work else { continue };
-            match self.check(activation, commit, &poisoned) {
-                Ok(()) => {
-                    places.extend(self.place(commit));
-                    activation.set_written(commit.last_version());
-                }
-                Err(refusal) => {
-                    poisoned.push(address(activation));
-                    entry.refusal = Some(refusal);
-                }
+            match &entry.work {
+                Work::Commit(activation, commit) => match self.check(activation, commit, &poisoned) {
+                    Ok(()) => {
+                        places.extend(self.place(commit));
+                        activation.set_written(commit.last_version());
+                    }
+                    Err(refusal) => {
+                        poisoned.push(address(activation));
+                        entry.refusal = Some(refusal);
+                    }
+                },
+                Work::Replace(replacement) => match self.check_replacement(replacement) {
+                    Ok(()) => {
+                        if let Some(staged) = &mut self.staged {
+                            staged.heads.insert(replacement.former.eid, Head::Erased);
+                        }
+                        for commit in &replacement.commits {
+                            places.extend(self.place(commit));
+                        }
+                    }
+                    Err(refusal) => entry.refusal = Some(refusal),
+                },
+                Work::Barrier(_) | Work::Snapshot(_) | Work::Erase(_) | Work::Create(_) => {}
             }
         }
         places
@@ -258,9 +287,14 @@ impl LogBook {
         self.learn_heads(connection, unknown).await?;
         let places = self.stage_all(group);
         let written = group.iter().filter(|entry| entry.refusal.is_none());
-        let rows: Vec<(&Commit, Place)> = written.filter_map(LogEntry::commit).zip(places).collect();
+        let rows: Vec<(&Commit, Place)> = written.flat_map(LogEntry::commits).zip(places).collect();
         let created: Vec<&EntityRow> =
             group.iter().filter(|entry| entry.refusal.is_none()).filter_map(LogEntry::new_entity).collect();
+        let replaced: Vec<&EntityRow> = group
+            .iter()
+            .filter(|entry| entry.refusal.is_none())
+            .filter_map(|entry| Some(&entry.replacement()?.former))
+            .collect();
         let snapshots: Vec<&SnapshotRow> = group.iter().filter_map(LogEntry::snapshot_row).collect();
         let erasures: Vec<EraseStep> = group.iter().filter_map(LogEntry::erase_step).cloned().collect();
         // It changes rows in front of the mark, and is led to them by the index.
@@ -274,6 +308,9 @@ impl LogBook {
             statements::insert_entities(connection, &created).await?;
             last = statements::insert_all_but_last(connection, last).await?;
             self.write_snapshots(connection, &snapshots).await?;
+            for former in replaced {
+                erase::begin(connection, former).await?;
+            }
         }
         self.write_index(connection).await?;
         self.erase(connection, &erasures).await?;
@@ -373,7 +410,9 @@ impl LogBook {
                 NotWritten::Io { file, detail }
             }
         };
-        for entry in group.iter_mut().filter(|entry| entry.snapshot_row().is_some() || entry.erase_step().is_some()) {
+        let can_wait =
+            |entry: &&mut LogEntry| matches!(entry.work, Work::Snapshot(_) | Work::Erase(_) | Work::Replace(_));
+        for entry in group.iter_mut().filter(can_wait) {
             entry.refusal = Some(why.clone());
         }
     }
@@ -454,6 +493,7 @@ impl Book for LogBook {
             Work::Snapshot(snapshot) => Size { bytes: snapshot.body.len() + 64, events: 0 },
             Work::Barrier(_) => Size::default(),
             Work::Create(row) => Size { bytes: row.sealed_id.len() + 128, events: 0 },
+            Work::Replace(replacement) => Size { bytes: replacement.bytes(), events: replacement.commits.len() },
             Work::Erase(_) => Size { bytes: 4096, events: GROUP_EVENTS_MAX / erase::STEPS_IN_GROUP },
         }
     }
@@ -463,7 +503,7 @@ impl Book for LogBook {
         marks
             || group.iter().any(|entry| match &entry.work {
                 Work::Commit(activation, _) => !activation.is_voided(),
-                Work::Snapshot(_) | Work::Erase(_) | Work::Create(_) => true,
+                Work::Snapshot(_) | Work::Erase(_) | Work::Create(_) | Work::Replace(_) => true,
                 Work::Barrier(_) => false,
             })
     }
@@ -564,7 +604,7 @@ impl Book for LogBook {
                 result
             }
             Work::Barrier(activation) => unless_voided(&activation),
-            Work::Snapshot(_) | Work::Erase(_) | Work::Create(_) => outcome,
+            Work::Snapshot(_) | Work::Erase(_) | Work::Create(_) | Work::Replace(_) => outcome,
         };
         (entry.on_settled)(result);
     }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::{Activation, CommitError, EntityRow, NotWritten, SnapshotRow, erase::EraseStep};
+use crate::{Activation, CommitError, EntityRow, NotWritten, SnapshotRow, erase::EraseStep, replace::Replacement};
 
 /// The events of one append, sealed.
 #[derive(Debug)]
@@ -52,6 +52,8 @@ pub(crate) enum Work {
     Erase(EraseStep),
     /// A new life of an erased entity.
     Create(EntityRow),
+    /// A new life in the place of the one before.
+    Replace(Replacement),
 }
 
 /// Something on its way, with the reason why it alone was refused.
@@ -65,6 +67,11 @@ impl LogEntry {
     /// A snapshot to be saved.
     pub(crate) fn snapshot(snapshot: SnapshotRow, on_settled: OnSettled) -> Self {
         LogEntry { work: Work::Snapshot(snapshot), on_settled, refusal: None }
+    }
+
+    /// A life in the place of the one before.
+    pub(crate) fn replace(replacement: Replacement, on_settled: OnSettled) -> Self {
+        LogEntry { work: Work::Replace(replacement), on_settled, refusal: None }
     }
 
     /// An entity without commits.
@@ -85,24 +92,33 @@ impl LogEntry {
         (self.on_settled)(Err(error));
     }
 
-    pub(crate) fn commit(&self) -> Option<&Commit> {
+    /// The commits that are to be written, in order.
+    pub(crate) fn commits(&self) -> &[Commit] {
         match &self.work {
-            Work::Commit(_, commit) => Some(commit),
-            Work::Barrier(_) | Work::Snapshot(_) | Work::Erase(_) | Work::Create(_) => None,
+            Work::Commit(_, commit) => std::slice::from_ref(commit),
+            Work::Replace(replacement) => &replacement.commits,
+            Work::Barrier(_) | Work::Snapshot(_) | Work::Erase(_) | Work::Create(_) => &[],
         }
     }
 
     pub(crate) fn snapshot_row(&self) -> Option<&SnapshotRow> {
         match &self.work {
             Work::Snapshot(snapshot) => Some(snapshot),
-            Work::Commit(..) | Work::Barrier(_) | Work::Erase(_) | Work::Create(_) => None,
+            Work::Commit(..) | Work::Barrier(_) | Work::Erase(_) | Work::Create(_) | Work::Replace(_) => None,
         }
     }
 
     pub(crate) fn erase_step(&self) -> Option<&EraseStep> {
         match &self.work {
             Work::Erase(step) => Some(step),
-            Work::Commit(..) | Work::Barrier(_) | Work::Snapshot(_) | Work::Create(_) => None,
+            Work::Commit(..) | Work::Barrier(_) | Work::Snapshot(_) | Work::Create(_) | Work::Replace(_) => None,
+        }
+    }
+
+    pub(crate) fn replacement(&self) -> Option<&Replacement> {
+        match &self.work {
+            Work::Replace(replacement) => Some(replacement),
+            _ => None,
         }
     }
 
@@ -111,6 +127,7 @@ impl LogEntry {
         match &self.work {
             Work::Commit(_, commit) => commit.create.then_some(&*commit.entity),
             Work::Create(row) => Some(row),
+            Work::Replace(replacement) => replacement.row(),
             Work::Barrier(_) | Work::Snapshot(_) | Work::Erase(_) => None,
         }
     }

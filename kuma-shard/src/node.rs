@@ -93,8 +93,12 @@ fn backup_hash(what: &str, at_us: i64) -> RowHash {
 
 /// One change of what the node knows.
 enum Change {
-    /// Tombstones, and whether their erasures are still to be done.
+    /// Tombstones, and that their erasures are to be done.
     Entomb(Vec<Tombstone>),
+    /// A life is about to be replaced by the one with the second key.
+    Intend(Tombstone, [u8; 16]),
+    /// It was not.
+    GiveUp([u8; 16]),
     Finish(Vec<ReceiptRow>),
     /// Receipts of erasures that another life of this store had finished.
     Keep(Vec<ReceiptRow>),
@@ -124,7 +128,24 @@ impl NodeBook {
                         digest.add(&tombstone.hash());
                         unfinished("INSERT INTO unfinished(key_id) VALUES (?)", &tombstone.key_id, connection).await?;
                     }
+                    unfinished("DELETE FROM replacing WHERE key_id = ?", &tombstone.key_id, connection).await?;
                 }
+            }
+            Change::Intend(tombstone, next_key_id) => {
+                sqlx::query(
+                    "INSERT OR REPLACE INTO replacing(key_id, id_hash, slot, receipt_id, at, next_key_id) VALUES (?, ?, ?, ?, ?, ?)",
+                )
+                .bind(tombstone.key_id.to_vec())
+                .bind(tombstone.id_hash.0.to_vec())
+                .bind(i64::from(tombstone.slot.number()))
+                .bind(tombstone.receipt_id.to_vec())
+                .bind(tombstone.at_us)
+                .bind(next_key_id.to_vec())
+                .execute(connection)
+                .await?;
+            }
+            Change::GiveUp(key_id) => {
+                unfinished("DELETE FROM replacing WHERE key_id = ?", key_id, connection).await?;
             }
             Change::Finish(receipts) | Change::Keep(receipts) => {
                 let finishes = matches!(change, Change::Finish(_));
@@ -171,7 +192,7 @@ impl Book for NodeBook {
             Change::Finish(receipts) | Change::Keep(receipts) => {
                 receipts.iter().map(|receipt| receipt.body.len() + 64).sum()
             }
-            Change::Backup { .. } => 64,
+            Change::Backup { .. } | Change::Intend(..) | Change::GiveUp(_) => 64,
         };
         Size { bytes, events: 1 }
     }
@@ -237,6 +258,28 @@ impl NodeStore {
         spec(directory, disk_id, options).create(async |_| Ok(())).await
     }
 
+    /// Makes the file of a store that is restored: who was erased before, which is to be carried out again, and receipts of it.
+    ///
+    /// # Errors
+    /// The file exists or cannot be written. It is of no use then.
+    pub async fn restore(
+        directory: PathBuf,
+        disk_id: DiskId,
+        options: &FileOptions,
+        tombstones: Vec<Tombstone>,
+        receipts: Vec<ReceiptRow>,
+    ) -> Result<(), OpenError> {
+        let spec = spec(directory, disk_id, options);
+        let mut connection = spec.begin_build().await?;
+        let mut digest = Digest::default();
+        for change in [Change::Entomb(tombstones), Change::Keep(receipts)] {
+            let written = NodeBook::write(&mut connection, &change, &mut digest).await;
+            written.map_err(|error| spec.read_failed(error))?;
+        }
+        let progress = Progress { next_position: 1, mark_position: 0, indexed_position: 0, digest };
+        spec.finish_build(connection, &Stored { commits: 1, progress }).await
+    }
+
     /// Opens the file and starts its writer under `supervisor`.
     ///
     /// # Errors
@@ -283,6 +326,43 @@ impl NodeStore {
     /// None was written, or that is unknown; send them again.
     pub async fn keep(&self, receipts: Vec<ReceiptRow>) -> Result<(), CommitError> {
         self.change(Change::Keep(receipts)).await
+    }
+
+    /// Notes that the life with the key of `tombstone` is about to be replaced by the one with the key `next_key_id`: should that come to pass,
+    /// it is to be erased. Ended by the tombstone, or by [`NodeStore::give_up`].
+    ///
+    /// # Errors
+    /// It was not written, or that is unknown.
+    pub async fn intend(&self, tombstone: Tombstone, next_key_id: [u8; 16]) -> Result<(), CommitError> {
+        self.change(Change::Intend(tombstone, next_key_id)).await
+    }
+
+    /// Takes back that the life with this key is about to be replaced.
+    ///
+    /// # Errors
+    /// It was not written, or that is unknown.
+    pub async fn give_up(&self, key_id: [u8; 16]) -> Result<(), CommitError> {
+        self.change(Change::GiveUp(key_id)).await
+    }
+
+    /// Lives that are about to be replaced, as the tombstones that they get then, each with the key of the next life.
+    ///
+    /// # Errors
+    /// The file cannot be read, or a row is damaged.
+    pub async fn intended(&self) -> Result<Vec<(Tombstone, [u8; 16])>, ReadError> {
+        let query = sqlx::query("SELECT *, 0 AS number FROM replacing");
+        let rows = query.fetch_all(&self.database.readers).await.map_err(|error| self.read_error(error))?;
+        let read = |row: &SqliteRow| -> sqlx::Result<Option<(Tombstone, [u8; 16])>> {
+            let next = row.try_get::<Vec<u8>, _>("next_key_id")?.try_into().ok();
+            Ok(Tombstone::from_row(row)?.zip(next))
+        };
+        let damaged = || ReadError::BadRow {
+            file: self.database.file.to_string(),
+            position: 0,
+            detail: "a row of the lives to be replaced is damaged".to_owned(),
+        };
+        let intended = |row| read(row).map_err(|error| self.read_error(error)).and_then(|row| row.ok_or_else(damaged));
+        rows.iter().map(intended).collect()
     }
 
     /// Notes that a backup of `what` was made, with all that there was at this time.

@@ -99,6 +99,38 @@ impl FileSpec {
         WatermarkFile::open(&path).and_then(|mut file| file.write(&mark)).map_err(|source| io_error(path, source))
     }
 
+    /// Begins to make a file that is filled in one go and thrown away if that fails. [`FileSpec::finish_build`] ends it.
+    pub(crate) async fn begin_build(&self) -> Result<SqliteConnection, OpenError> {
+        let mut connection = sqlite::connect_builder(&self.path).await.map_err(|error| self.sqlite_error(error))?;
+        let begun = async {
+            sqlx::query("BEGIN IMMEDIATE").execute(&mut connection).await?;
+            schema::create(&mut connection, self.role, self.disk_id).await
+        };
+        begun.await.map_err(|error| self.sqlite_error(error))?;
+        Ok(connection)
+    }
+
+    /// The file holds all that it is to hold, which is `stored`: durable when this returns, with its watermark.
+    pub(crate) async fn finish_build(
+        &self,
+        mut connection: SqliteConnection,
+        stored: &Stored,
+    ) -> Result<(), OpenError> {
+        let made = async {
+            progress::insert(&mut connection, stored).await?;
+            sqlx::query("COMMIT").execute(&mut connection).await?;
+            connection.close().await
+        };
+        made.await.map_err(|error| self.sqlite_error(error))?;
+        // No connection to it is open any more, whose locks this would drop.
+        std::fs::File::open(&self.path)
+            .and_then(|file| file.sync_all())
+            .map_err(|source| io_error(self.path.clone(), source))?;
+        let path = WatermarkFile::path_for(&self.path);
+        let mark = Mark { commits: stored.commits, disk_id: self.disk_id, digest: stored.progress.digest };
+        WatermarkFile::open(&path).and_then(|mut file| file.write(&mark)).map_err(|source| io_error(path, source))
+    }
+
     /// Looks at the file without changing a byte of it: whether it holds all that was acknowledged, as far as its watermark tells.
     pub(crate) async fn inspect(&self) -> Result<Inspected, OpenError> {
         let missing = !self.path.try_exists().map_err(|source| io_error(self.path.clone(), source))?;

@@ -23,6 +23,10 @@ pub(crate) enum Role {
     Keys,
     /// What the node knows for ever: who was erased, and the receipts.
     Node,
+    /// A copy of a shard in a backup, with its number.
+    ShardBackup(u16),
+    /// A copy of the wrapped keys.
+    KeysBackup,
 }
 
 impl Role {
@@ -31,14 +35,17 @@ impl Role {
             Role::Shard(number) => format!("shard {number}"),
             Role::Keys => "keys".to_owned(),
             Role::Node => "node".to_owned(),
+            Role::ShardBackup(number) => format!("backup of shard {number}"),
+            Role::KeysBackup => "backup of keys".to_owned(),
         }
     }
 
     fn tables(self) -> &'static str {
         match self {
             Role::Shard(_) => SHARD_TABLES,
-            Role::Keys => KEYS_TABLES,
+            Role::Keys | Role::KeysBackup => KEYS_TABLES,
             Role::Node => NODE_TABLES,
+            Role::ShardBackup(_) => SHARD_BACKUP_TABLES,
         }
     }
 }
@@ -76,6 +83,7 @@ CREATE TABLE entity(
     checksum INTEGER NOT NULL,
     UNIQUE (copy, id_hash, life)
 ) STRICT;
+CREATE INDEX entity_erased ON entity(eid) WHERE erased_at IS NOT NULL;
 CREATE TABLE log(
     position INTEGER PRIMARY KEY,
     slot INTEGER NOT NULL,
@@ -123,6 +131,52 @@ CREATE TABLE slot_token(
 ) STRICT;
 ";
 
+/// As in a shard, without what is made anew from the log. `erased` has those entities that have nothing but stubs left, here and in the store.
+const SHARD_BACKUP_TABLES: &str = "
+CREATE TABLE entity(
+    eid INTEGER PRIMARY KEY,
+    copy BLOB NOT NULL,
+    slot INTEGER NOT NULL,
+    kind TEXT NOT NULL,
+    id_hash BLOB NOT NULL,
+    life INTEGER NOT NULL,
+    sealed_id BLOB NOT NULL,
+    key_id BLOB NOT NULL,
+    created_at INTEGER NOT NULL,
+    erased_at INTEGER,
+    checksum INTEGER NOT NULL
+) STRICT;
+CREATE TABLE log(
+    position INTEGER PRIMARY KEY,
+    slot INTEGER NOT NULL,
+    seq INTEGER NOT NULL,
+    eid INTEGER NOT NULL,
+    version INTEGER NOT NULL,
+    count INTEGER NOT NULL,
+    at INTEGER NOT NULL,
+    epoch INTEGER NOT NULL,
+    append_key BLOB,
+    checksum INTEGER NOT NULL,
+    body BLOB NOT NULL
+) STRICT;
+CREATE TABLE slot_token(
+    slot INTEGER PRIMARY KEY,
+    state TEXT NOT NULL,
+    epoch INTEGER NOT NULL,
+    floor INTEGER NOT NULL,
+    copy BLOB NOT NULL,
+    peer BLOB,
+    transfer BLOB,
+    next_seq INTEGER NOT NULL,
+    len INTEGER NOT NULL,
+    digest BLOB NOT NULL,
+    checksum INTEGER NOT NULL
+) STRICT;
+CREATE TABLE erased(
+    eid INTEGER PRIMARY KEY
+) STRICT;
+";
+
 const KEYS_TABLES: &str = "
 CREATE TABLE secret(
     name TEXT PRIMARY KEY,
@@ -149,6 +203,14 @@ CREATE TABLE tombstone(
 CREATE INDEX tombstone_entity ON tombstone(id_hash);
 CREATE TABLE unfinished(
     key_id BLOB PRIMARY KEY
+) STRICT, WITHOUT ROWID;
+CREATE TABLE replacing(
+    key_id BLOB PRIMARY KEY,
+    next_key_id BLOB NOT NULL,
+    id_hash BLOB NOT NULL,
+    slot INTEGER NOT NULL,
+    receipt_id BLOB NOT NULL,
+    at INTEGER NOT NULL
 ) STRICT, WITHOUT ROWID;
 CREATE TABLE receipt(
     number INTEGER PRIMARY KEY,

@@ -4,7 +4,7 @@
 //! - What a page holds in memory is bounded in rows and in bytes, however large the commits are.
 //! - A bad row is one finding among the rows; only a damaged page of the file ends the reading.
 
-use sqlx::{Row, sqlite::SqliteRow};
+use sqlx::{Row, SqliteConnection, sqlite::SqliteRow};
 
 use crate::{EntityHash, EntityRow, LogRow, ReadError, Shard, log_row, row_hash::RowHash, sqlite};
 
@@ -51,7 +51,7 @@ pub(crate) struct Page {
 pub(crate) struct Extent {
     /// The last position.
     pub(crate) last: u64,
-    bytes: u64,
+    pub(crate) bytes: u64,
     /// Whether there may be more behind it.
     pub(crate) more: bool,
 }
@@ -79,7 +79,20 @@ impl Shard {
     /// A page of those rows behind the position `after` that are before `end`.
     pub(crate) async fn page(&self, after: u64, end: u64, rows_max: u32) -> Result<Page, ReadError> {
         self.check_readable()?;
-        let extent = self.extent(after, end, rows_max.max(1)).await?;
+        let mut reader = self.database().readers.acquire().await.map_err(|error| self.read_error(error))?;
+        Page::read(&mut reader, after, end, rows_max).await.map_err(|error| self.read_error(error))
+    }
+}
+
+impl Page {
+    /// A page of those rows behind the position `after` that are before `end`.
+    pub(crate) async fn read(
+        connection: &mut SqliteConnection,
+        after: u64,
+        end: u64,
+        rows_max: u32,
+    ) -> sqlx::Result<Page> {
+        let extent = Extent::look(connection, after, end, rows_max.max(1)).await?;
         if extent.last <= after {
             return Ok(Page { rows: Vec::new(), extent });
         }
@@ -91,29 +104,28 @@ impl Shard {
         )
         .bind(stored(after))
         .bind(stored(extent.last))
-        .fetch_all(&self.database().readers)
-        .await
-        .map_err(|error| self.read_error(error))?;
+        .fetch_all(connection)
+        .await?;
         Ok(Page { rows: rows.iter().map(check).collect(), extent })
     }
+}
 
+impl Extent {
     /// Looks at the lengths alone, for which SQLite need not read the bodies: readers buffer more rows than a page may hold, so that
     /// to stop in the middle of one query would come too late.
-    async fn extent(&self, after: u64, end: u64, rows_max: u32) -> Result<Extent, ReadError> {
+    async fn look(connection: &mut SqliteConnection, after: u64, end: u64, rows_max: u32) -> sqlx::Result<Extent> {
         let rows = sqlx::query(
             "SELECT position, length(body) FROM log NOT INDEXED WHERE position > ? AND position < ? ORDER BY position LIMIT ?",
         )
         .bind(stored(after))
         .bind(stored(end))
         .bind(rows_max)
-        .fetch_all(&self.database().readers)
-        .await
-        .map_err(|error| self.read_error(error))?;
+        .fetch_all(connection)
+        .await?;
         let mut extent = Extent { last: after, bytes: 0, more: rows.len() == rows_max as usize };
         for row in &rows {
             let number = |index| row.try_get::<i64, _>(index).map(i64::cast_unsigned);
-            let (position, bytes) =
-                number(0).and_then(|first| Ok((first, number(1)?))).map_err(|error| self.read_error(error))?;
+            let (position, bytes) = (number(0)?, number(1)?);
             if extent.last > after && extent.bytes + bytes > PAGE_BYTES_MAX {
                 return Ok(Extent { more: true, ..extent });
             }

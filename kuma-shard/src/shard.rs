@@ -44,7 +44,7 @@ pub struct ShardOptions {
 }
 
 impl ShardOptions {
-    fn spec(&self) -> FileSpec {
+    pub(crate) fn spec(&self) -> FileSpec {
         FileSpec {
             path: self.directory.join(file_name(self.number)),
             role: Role::Shard(self.number),
@@ -137,10 +137,15 @@ impl Shard {
     /// Hands the first commit of a new entity to the writer: `submission` makes it, given a number for the entity that was never given
     /// before. Rows of entities are written in the order of their numbers, so that none ever moves.
     pub fn submit_new(&self, submission: impl FnOnce(i64) -> Submission) {
+        self.number_next(|eid| self.submit(submission(eid)));
+    }
+
+    /// Gives the next number out, before anybody else is given one.
+    pub(crate) fn number_next(&self, hand_in: impl FnOnce(i64)) {
         let mut next = self.inner.next_eid.lock();
         let eid = *next;
         *next += 1;
-        self.submit(submission(eid));
+        hand_in(eid);
     }
 
     /// Writes the row of an entity that has no commits: the next life of one that was erased. It is given a number here.
@@ -149,13 +154,10 @@ impl Shard {
     /// It was not written, or that is unknown; a conflict says that there is this life of the entity already.
     pub async fn create_entity(&self, row: EntityRow) -> Result<(), CommitError> {
         let (told, settled) = oneshot::channel();
-        {
-            let mut next = self.inner.next_eid.lock();
-            let row = EntityRow { eid: *next, ..row };
-            *next += 1;
+        self.number_next(|eid| {
             // A caller that is gone does not want to know.
-            self.hand_in(LogEntry::create(row, Box::new(move |result| drop(told.send(result)))));
-        }
+            self.hand_in(LogEntry::create(EntityRow { eid, ..row }, Box::new(move |result| drop(told.send(result)))));
+        });
         settled.await.map_err(|_| NotWritten::Stopping)?
     }
 

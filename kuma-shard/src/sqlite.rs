@@ -105,6 +105,33 @@ pub(crate) async fn connect_inspector(path: &Path, file: &FileOptions) -> sqlx::
     options(path, file).read_only(true).connect().await
 }
 
+/// The connection that writes a file of a backup, or reads it. A rollback journal instead of a log: what is finished is one file, which can
+/// be read where nothing may be written. `EXTRA`, because in this mode `FULL` may take the last transaction back after a power loss.
+/// <https://sqlite.org/pragma.html#pragma_synchronous>
+pub(crate) async fn connect_backup(path: &Path, create: bool) -> sqlx::Result<SqliteConnection> {
+    options(path, &FileOptions::default())
+        .create_if_missing(create)
+        .page_size(PAGE_BYTES as u32)
+        .journal_mode(SqliteJournalMode::Delete)
+        .synchronous(SqliteSynchronous::Extra)
+        .pragma("secure_delete", "ON")
+        .pragma("cache_size", format!("-{WRITER_CACHE_KIB}"))
+        .connect()
+        .await
+}
+
+/// The connection that makes a new file which is thrown away if that fails: nothing is synced and nothing can be taken back.
+pub(crate) async fn connect_builder(path: &Path) -> sqlx::Result<SqliteConnection> {
+    options(path, &FileOptions::default())
+        .create_if_missing(true)
+        .page_size(PAGE_BYTES as u32)
+        .journal_mode(SqliteJournalMode::Off)
+        .synchronous(SqliteSynchronous::Off)
+        .pragma("cache_size", format!("-{}", 4 * WRITER_CACHE_KIB))
+        .connect()
+        .await
+}
+
 /// A few connections that only read. They open on demand.
 pub(crate) fn reader_pool(path: &Path, file: &FileOptions, connections: u32) -> SqlitePool {
     let options =

@@ -13,7 +13,7 @@ use sqlx::{
 };
 
 use crate::{
-    Commit, EntityRow,
+    Commit, EntityRow, LogRow,
     append_keys::KeyedRow,
     log_book::Place,
     progress::{self, Stored},
@@ -27,6 +27,8 @@ pub(crate) type Bound = Query<'static, Sqlite, SqliteArguments>;
 const ROWS_MAX: usize = 128;
 const ENTITY_ROWS: [usize; 3] = [32, 8, 1];
 const INDEX_ROWS: [usize; 3] = [256, 32, 1];
+
+const COPIED_ROWS: [usize; 3] = [128, 16, 1];
 
 const LOG_COLUMNS: usize = 11;
 const LOG_HEAD: &str =
@@ -57,6 +59,8 @@ static FULL: LazyLock<&str> = LazyLock::new(|| leak(format!("{LOG_HEAD} {}", val
 static ONE: LazyLock<&str> = LazyLock::new(|| leak(format!("{LOG_HEAD} {}", values(LOG_COLUMNS, 1))));
 static ENTITIES: LazyLock<[&str; 3]> =
     LazyLock::new(|| ENTITY_ROWS.map(|rows| leak(format!("{ENTITY_HEAD} {}", values(ENTITY_COLUMNS, rows)))));
+static COPIED: LazyLock<[&str; 3]> =
+    LazyLock::new(|| COPIED_ROWS.map(|rows| leak(format!("{LOG_HEAD} {}", values(LOG_COLUMNS, rows)))));
 static END: LazyLock<&str> = LazyLock::new(|| leak(format!("{}; COMMIT", progress::UPDATE)));
 
 fn values(columns: usize, rows: usize) -> String {
@@ -145,6 +149,32 @@ pub(crate) async fn insert_index(connection: &mut SqliteConnection, rows: &[Tail
 pub(crate) async fn insert_keys(connection: &mut SqliteConnection, rows: &[KeyedRow]) -> sqlx::Result<()> {
     insert_all(connection, INDEX_ROWS, *KEY_INDEX, rows, |query, row| {
         query.bind(row.eid).bind(row.append_key.to_vec()).bind(row.position.cast_signed())
+    })
+    .await
+}
+
+/// A row of the log as it is copied from file to file.
+pub(crate) struct CopiedRow {
+    pub(crate) eid: i64,
+    pub(crate) row: LogRow,
+    pub(crate) checksum: i64,
+}
+
+/// Inserts rows of the log that have their places.
+pub(crate) async fn insert_copied(connection: &mut SqliteConnection, rows: &[CopiedRow]) -> sqlx::Result<()> {
+    insert_all(connection, COPIED_ROWS, *COPIED, rows, |query, CopiedRow { eid, row, checksum }| {
+        query
+            .bind(row.position.cast_signed())
+            .bind(i64::from(row.slot.number()))
+            .bind(row.seq.cast_signed())
+            .bind(*eid)
+            .bind(row.version.cast_signed())
+            .bind(i64::from(row.count))
+            .bind(row.at_us)
+            .bind(row.epoch.to_i64())
+            .bind(row.append_key.clone())
+            .bind(*checksum)
+            .bind(row.body.clone())
     })
     .await
 }
