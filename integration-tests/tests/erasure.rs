@@ -199,3 +199,51 @@ async fn a_receipt_is_verified_against_the_live_files() {
     assert!(!found.is_clean() && found.to_string().contains("FAILED  files"), "{found}");
     kuma.shutdown().await;
 }
+
+/// The order of things for whoever is asked to erase: archive, erase, and, should that have been wrong, a new life from the archive.
+#[tokio::test]
+async fn an_archive_holds_all_that_is_held_and_a_new_life_can_be_made_of_it() {
+    let dir = directory();
+    let kuma = Kuma::start(Options::new(dir.path()).shards(2).snapshot_every(4, 1 << 20)).await.unwrap();
+    let ann = kuma.entity::<Account>("ann@example.org");
+    for number in 0..40 {
+        ann.append(deposited(10)).idempotency_key(format!("key {number}")).await.unwrap();
+        ann.read().await.unwrap();
+    }
+    let before = ann.raw().events(.., 100).await.unwrap();
+    common::until("a snapshot was made", async || {
+        let mut archive = Vec::new();
+        ann.archive(&mut archive).await.unwrap();
+        String::from_utf8(archive).unwrap().contains("\"part\":\"snapshot\"")
+    })
+    .await;
+    let mut archive = Vec::new();
+    let manifest = ann.archive(&mut archive).await.unwrap();
+    assert_eq!((manifest.entities, manifest.events), (1, 40));
+    let lines: Vec<serde_json::Value> = archive
+        .split(|byte| *byte == b'\n')
+        .filter(|line| !line.is_empty())
+        .map(|line| serde_json::from_slice(line).unwrap())
+        .collect();
+    let entity = &lines[0]["archive"];
+    assert_eq!((entity["part"].as_str(), entity["id"].as_str()), (Some("entity"), Some("ann@example.org")));
+    assert_eq!((entity["life"].as_u64(), entity["idempotency_keys"].as_u64()), (Some(1), Some(40)));
+    let state = lines.iter().find(|line| line["archive"]["part"] == "state").unwrap();
+    assert_eq!(state["archive"]["data"]["balance"], 400);
+
+    ann.erase(reason()).await.unwrap();
+    let mut nothing = Vec::new();
+    assert!(ann.archive(&mut nothing).await.is_err());
+    let report = kuma.import("archive").run(&archive[..], |_| {}).await;
+    assert!(report.is_err(), "not into what is erased: {report:?}");
+    ann.recreate(reason()).await.unwrap();
+    let report = kuma.import("archive").run(&archive[..], |_| {}).await.unwrap();
+    assert_eq!((report.events, report.entities), (40, Some(1)));
+    let after = ann.raw().events(.., 100).await.unwrap();
+    assert!(
+        before.iter().zip(&after).all(|(before, after)| before.data == after.data && before.version == after.version)
+    );
+    assert_eq!(ann.read().await.unwrap().balance, 400);
+    assert_clean(&kuma).await;
+    kuma.shutdown().await;
+}

@@ -195,7 +195,7 @@ impl Kuma {
 }
 
 /// An export on its way.
-struct Export<'a, W> {
+pub(crate) struct Export<'a, W> {
     to: &'a mut W,
     /// Lines that were not written yet.
     buffer: Vec<u8>,
@@ -204,11 +204,16 @@ struct Export<'a, W> {
 }
 
 impl<'a, W: AsyncWrite + Unpin> Export<'a, W> {
-    fn new(to: &'a mut W) -> Self {
+    pub(crate) fn new(to: &'a mut W) -> Self {
         Export { to, buffer: Vec::new(), digest: Sha256::new(), progress: ExportProgress::default() }
     }
 
-    async fn entity(&mut self, handle: &RawHandle) -> Result<(), ExportError> {
+    /// Where lines of other kinds are put between the events.
+    pub(crate) fn buffer(&mut self) -> &mut Vec<u8> {
+        &mut self.buffer
+    }
+
+    pub(crate) async fn entity(&mut self, handle: &RawHandle) -> Result<(), ExportError> {
         let who = handle.who().map_err(ReadError::from)?;
         let mut commits = pin!(history::commits(handle.clone(), Span::of(..), Direction::Forward));
         let mut is_empty = true;
@@ -268,7 +273,7 @@ impl<'a, W: AsyncWrite + Unpin> Export<'a, W> {
         Ok(())
     }
 
-    async fn finish(mut self) -> Result<Manifest, ExportError> {
+    pub(crate) async fn finish(mut self) -> Result<Manifest, ExportError> {
         self.write().await?;
         let ExportProgress { entities, commits, events, .. } = self.progress;
         let sha256 = hex::encode(self.digest.finalize_reset());

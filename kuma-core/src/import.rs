@@ -550,6 +550,7 @@ impl<P: FnMut(&ImportProgress) + Send> Run<P> {
                     Err(problem) => Err(self.fail(number, problem)),
                 }
             }
+            Ok(Line::Archive) => Ok(()),
             Ok(Line::Manifest(_)) if !self.open.is_empty() => Err(self.fail_incomplete()),
             Ok(Line::Manifest(manifest)) => match self.compare(&manifest, &lines.digest_before()) {
                 None => {

@@ -40,6 +40,7 @@
 
 mod actor;
 mod append;
+mod archive;
 mod audit;
 mod backup;
 mod body;

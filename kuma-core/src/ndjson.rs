@@ -150,6 +150,8 @@ pub enum LineProblem {
 pub(crate) enum Line<'a> {
     Event(EventLine<'a>),
     Manifest(Manifest),
+    /// A part of an archive that is no event, and is not imported.
+    Archive,
 }
 
 /// An event as its line has it.
@@ -267,6 +269,17 @@ pub(crate) fn write_manifest(out: &mut Vec<u8>, manifest: &Manifest) -> serde_js
     Ok(())
 }
 
+/// Appends the line of a part of an archive, with its end, to `out`.
+///
+/// # Errors
+/// As [`write_event`].
+pub(crate) fn write_archive(out: &mut Vec<u8>, part: &impl Serialize) -> serde_json::Result<()> {
+    out.extend_from_slice(b"{\"archive\":");
+    serde_json::to_writer(&mut *out, part)?;
+    out.extend_from_slice(b"}\n");
+    Ok(())
+}
+
 /// Whether JSON text, imported, gives this MessagePack again.
 fn gives(json: &[u8], data: &[u8]) -> bool {
     let mut again = Vec::with_capacity(data.len());
@@ -298,6 +311,11 @@ pub(crate) fn parse(line: &[u8]) -> Result<Line<'_>, LineProblem> {
     })?;
     if let Some(manifest) = fields.get(Field::Manifest) {
         return manifest_of(&fields, manifest).map(Line::Manifest);
+    }
+    if fields.get(Field::Archive).is_some() {
+        const EXPECTED: &str = "a part of an archive, alone in its line";
+        let is_alone = fields.values.iter().flatten().count() == 1;
+        return if is_alone { Ok(Line::Archive) } else { Err(fields.invalid(Field::Archive, EXPECTED)) };
     }
     let commit: Option<CommitSpan> = fields.optional(Field::Commit, "{\"first\": N, \"count\": N}, both at least 1")?;
     if commit.is_some_and(|commit| commit.first == 0 || commit.count == 0) {
@@ -390,12 +408,15 @@ enum Field {
     Data,
     Bytes,
     Manifest,
+    Archive,
 }
 
 impl Field {
     /// In the order of the variants.
-    const NAMES: [&'static str; 12] =
-        ["kind", "id", "version", "commit", "type", "schema", "at", "metadata", "key", "data", "bytes", "manifest"];
+    const NAMES: [&'static str; 13] = [
+        "kind", "id", "version", "commit", "type", "schema", "at", "metadata", "key", "data", "bytes", "manifest",
+        "archive",
+    ];
 }
 
 /// The fields of a line, each as it stands there. Reading them one by one is what allows to name the one that is wrong without
@@ -480,7 +501,7 @@ mod tests {
     fn event(line: &str) -> EventLine<'_> {
         match parse(line.as_bytes()).unwrap() {
             Line::Event(event) => event,
-            Line::Manifest(_) => panic!("a manifest"),
+            Line::Manifest(_) | Line::Archive => panic!("no event"),
         }
     }
 
