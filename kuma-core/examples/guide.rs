@@ -9,7 +9,7 @@
 use std::collections::VecDeque;
 
 use kuma_core::{
-    Direction, ExecuteError, Handle, Kuma, NewEvent, Sequence, Version,
+    Direction, ExecuteError, Handle, Kuma, NewEvent, ReadError, Reason, Refused, Sequence, Version,
     testing::{Corpus, TestStore, given},
 };
 
@@ -141,6 +141,28 @@ mod evolved {
     }
 }
 
+async fn forget(kuma: &Kuma) -> Result<(), Box<dyn std::error::Error>> {
+    let account = kuma.entity::<Account>("acc_001");
+    let mut file = tokio::fs::File::create("acc_001.ndjson").await?;
+    account.archive(&mut file).await?; // all that is held, in clear: for the person who asks
+
+    let receipt = account.erase(Reason::new("request 4711").by("support")).await?;
+    tokio::fs::write("receipt.json", receipt.to_string()).await?;
+    println!("{}", account.verify_receipt(&receipt).await); // looks again, at every file
+
+    assert!(matches!(account.read().await, Err(ReadError::Refused(Refused::Erased { .. }))));
+    let life = account.recreate(Reason::new("came back")).await?;
+    println!("life {life} at version {}", account.read().await?.version());
+    Ok(())
+}
+
+async fn undo(kuma: &Kuma) -> Result<(), Box<dyn std::error::Error>> {
+    let account = kuma.entity::<Account>("acc_002");
+    let restored = account.restore_to(Version(2), Reason::new("ticket 12: wrong import")).await?;
+    println!("life {} at version {}", restored.life, restored.version);
+    Ok(())
+}
+
 const CORPUS: &str = r#"
 {"type":"Deposited","schema":1,"bytes":"81a6616d6f756e7405","data":{"amount":5}}
 {"type":"Withdrawn","schema":1,"bytes":"81a6616d6f756e7405","data":{"amount":5}}
@@ -191,5 +213,11 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     // As `KUMA_CORPUS=update` leaves it.
     std::fs::write("tests/corpus/account.ndjson", CORPUS)?;
     tests().await;
+    forget(&store).await?;
+    let other = store.entity::<Account>("acc_002");
+    for _ in 0..3 {
+        other.append(AccountEvent::Deposited { amount: 50 }).await?;
+    }
+    undo(&store).await?;
     Ok(())
 }
