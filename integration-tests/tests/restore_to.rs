@@ -114,3 +114,45 @@ async fn whatever_comes_beside_a_restoration_is_answered_and_nothing_acknowledge
     assert_clean(&kuma).await;
     kuma.shutdown().await;
 }
+
+/// Killed at each step. There is always one life, whole: the former one as it was, or the next one, and then the former one is erased.
+#[tokio::test]
+async fn a_crash_leaves_the_life_before_or_the_one_after() {
+    let places = [
+        "restore.intended",
+        "restore.replaced",
+        "erase.entombed",
+        "erase.keys_destroyed",
+        "erase.keys_cut",
+        "erase.rows_erased",
+        "erase.logs_cut",
+        "erase.attested",
+        "erase.finished",
+    ];
+    for place in places {
+        let dir = directory();
+        let child = std::process::Command::new(env!("CARGO_BIN_EXE_restore_to_child"))
+            .args([dir.path().as_os_str(), place.as_ref()])
+            .stderr(std::process::Stdio::null())
+            .status()
+            .unwrap();
+        assert_eq!(std::os::unix::process::ExitStatusExt::signal(&child), Some(9), "{place}: {child}");
+        for _ in 0..2 {
+            let kuma = Kuma::start(integration_tests::options(dir.path())).await.unwrap();
+            common::until("what was begun is done", async || kuma.erasures_unfinished() == 0).await;
+            let ann = kuma.entity::<integration_tests::Probe>("ann");
+            let version = ann.read().await.unwrap().version();
+            assert_eq!(version, Version(if place == "restore.intended" { 8 } else { 4 }), "{place}");
+            assert_eq!(ann.raw().events(.., 99).await.unwrap().len() as u64, version.0);
+            let log = kuma.audit_log().read().await.unwrap();
+            assert_eq!((log.restored, log.completed), (1, u64::from(place != "restore.intended")), "{place}");
+            assert_clean(&kuma).await;
+            kuma.shutdown().await;
+        }
+        let kuma = Kuma::start(integration_tests::options(dir.path())).await.unwrap();
+        let ann = kuma.entity::<integration_tests::Probe>("ann");
+        ann.restore_to(Version(2), reason()).await.unwrap();
+        assert_eq!(ann.read().await.unwrap().version(), Version(2), "{place}: and once more");
+        kuma.shutdown().await;
+    }
+}

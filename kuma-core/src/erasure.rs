@@ -375,7 +375,10 @@ impl EraserState {
         let mut receipts = Vec::with_capacity(complete.len());
         for job in &complete {
             // One from a former life of this store stays.
-            let stored = self.node.receipt(job.tombstone.receipt_id).await.map_err(|error| words(&error))?;
+            let stored = match job.reason {
+                Some(_) => None,
+                None => self.node.receipt(job.tombstone.receipt_id).await.map_err(|error| words(&error))?,
+            };
             receipts.push(match stored {
                 Some(body) => body.parse::<Receipt>().map_err(|error| words(&error))?,
                 None => Receipt::sign(state(inner, job, backups.clone()), inner.vault().node_key())
@@ -416,6 +419,8 @@ impl EraserState {
             let outcome = match job.receipt {
                 Some(receipt) => {
                     self.erasing.remove(job.tombstone.key_id);
+                    // What was wrong with it is no longer.
+                    job.core.iter().for_each(|core| core.forget_failures(entity));
                     metrics.erasures_completed.increment(1);
                     metrics.erase_seconds.record(began.elapsed());
                     tracing::info!(%entity, %receipt_id, commits = job.rows.commits, "an entity was erased");

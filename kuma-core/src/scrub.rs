@@ -182,12 +182,12 @@ impl ScrubState {
 
     /// What is wrong with a row that matches its checksum, if anything.
     async fn check(&mut self, core: &ShardCore, entity: &EntityRow, row: &LogRow) -> Result<(), String> {
-        if row.is_stub() && entity.erased_at_us.is_some() || core.is_erasing(entity) {
+        if core.is_ending(entity) || entity.erased_at_us.is_some() {
             self.openers.remove(&(core.shard.number(), entity.eid));
-            return Ok(());
+            return if core.is_ending(entity) { Ok(()) } else { verify::check_stub(core, entity, row).await };
         }
-        if row.is_stub() || entity.erased_at_us.is_some() {
-            return Err("does not fit its entity, of which all or nothing is erased".to_owned());
+        if row.is_stub() {
+            return Err("it is empty, and its entity was not erased".to_owned());
         }
         if !core.vault.is_local() {
             return Ok(());

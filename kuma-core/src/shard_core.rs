@@ -126,6 +126,11 @@ impl ShardCore {
         self.erasing.fate(life.key_id) == Some(Fate::Erased)
     }
 
+    /// Whether this life is on its way out, so that its rows are of no interest to anybody.
+    pub(crate) fn is_ending(&self, life: &EntityRow) -> bool {
+        self.erasing.fate(life.key_id).is_some()
+    }
+
     /// Whether this life may be read and written.
     pub(crate) fn check_alive(&self, life: &EntityRow) -> Result<(), ReplayError> {
         match self.erasing.fate(life.key_id) {
@@ -172,6 +177,11 @@ impl ShardCore {
                 Err(Unavailable::Quarantined { entity, why: why.to_owned(), retry_after })
             }
         }
+    }
+
+    /// The entity begins anew.
+    pub(crate) fn forget_failures(&self, entity: EntityHash) {
+        self.failures.lock().remove(&entity);
     }
 
     /// How many entities are quarantined now; those whose time is over are forgotten.

@@ -149,11 +149,11 @@ struct KeyCheck<'a, F> {
 
 impl<F: FnMut() + Send> CommitCheck for KeyCheck<'_, F> {
     async fn check(&mut self, row: &EntityRow, commit: &LogRow) -> Result<(), String> {
-        if self.core.is_erasing(row) {
+        if self.core.is_ending(row) {
             return Ok(());
         }
         if row.erased_at_us.is_some() {
-            return Err("it was erased, and a commit of it is still there".to_owned());
+            return check_stub(self.core, row, commit).await;
         }
         if self.openers.len() >= KEYS_MAX {
             self.openers.clear();
@@ -171,6 +171,20 @@ impl<F: FnMut() + Send> CommitCheck for KeyCheck<'_, F> {
         }
         (self.progress)();
         Ok(())
+    }
+}
+
+/// Whether a commit of an erased entity is a stub, if not when it was read, then now.
+pub(crate) async fn check_stub(core: &ShardCore, entity: &EntityRow, commit: &LogRow) -> Result<(), String> {
+    if commit.is_stub() {
+        return Ok(());
+    }
+    let now = core.shard.read_log(entity, commit.version.saturating_sub(1), 1).await;
+    let is_there = |rows: Vec<LogRow>| rows.first().is_some_and(|row| row.version == commit.version && !row.is_stub());
+    match now {
+        Ok(rows) if is_there(rows) => Err("it was erased, and a commit of it is still there".to_owned()),
+        // What cannot be read now is told of when it is read.
+        _ => Ok(()),
     }
 }
 

@@ -10,6 +10,7 @@
 
 use std::sync::Arc;
 
+use fail::fail_point;
 use parking_lot::Mutex;
 use sqlx::{Row, SqliteConnection, sqlite::SqliteRow};
 use tokio::sync::oneshot;
@@ -103,6 +104,7 @@ impl Shard {
             let done = *done.lock();
             rows.add(&done.rows);
             after = done.next;
+            fail_point!("erase.step");
         }
         Ok(rows)
     }
@@ -163,7 +165,10 @@ pub(crate) async fn begin(connection: &mut SqliteConnection, entity: &EntityRow)
         .await?;
     let row = sqlx::query("SELECT length(body) FROM snapshot WHERE eid = ?").bind(entity.eid);
     let snapshot: Option<i64> = row.fetch_optional(&mut *connection).await?.map(|row| row.try_get(0)).transpose()?;
-    let snapshots = u64::from(snapshots::clear(connection, entity.eid).await?);
+    let snapshots = match snapshot {
+        Some(_) => u64::from(snapshots::clear(connection, entity.eid).await?),
+        None => 0,
+    };
     Ok(ErasedRows { snapshots, bytes: snapshot.unwrap_or(0).unsigned_abs(), ..ErasedRows::default() })
 }
 
