@@ -16,6 +16,7 @@ pub(crate) mod manifest;
 use std::{
     fs::{self, File, OpenOptions, TryLockError},
     io::{self, Write},
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::Arc,
     time::SystemTime,
@@ -450,7 +451,8 @@ fn io_error(path: &Path, source: io::Error) -> BackupError {
     }
 }
 
-/// Writes zeros over a file and removes it. What the disk keeps of it elsewhere is out of reach.
+/// Writes zeros over a file and removes it. What the disk keeps of it elsewhere is out of reach, and a second name of the file is somebody's
+/// own copy of it: that is left alone.
 fn wipe(path: &Path) -> Result<(), BackupError> {
     const ZEROS: [u8; 1 << 16] = [0; 1 << 16];
     let wiped = (|| {
@@ -458,7 +460,8 @@ fn wipe(path: &Path) -> Result<(), BackupError> {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
             other => other?,
         };
-        let mut left = file.metadata()?.len();
+        let metadata = file.metadata()?;
+        let mut left = if metadata.nlink() > 1 { 0 } else { metadata.len() };
         while left > 0 {
             let now = left.min(ZEROS.len() as u64);
             file.write_all(&ZEROS[..now as usize])?;

@@ -254,10 +254,13 @@ impl Ledger {
                 }
                 (_, Line::End(end)) => {
                     let sha256 = sha256.finalize();
-                    let signature: Option<Signature> = end.signature.parse().ok();
-                    let signed =
-                        signature.is_some_and(|signature| public_key.verify(SIGNED_AS, &sha256, &signature).is_ok());
-                    if !signed || end.sha256 != hex::encode(sha256) || end.tombstones != tombstones.len() as u64 {
+                    let signed = |signature: &Signature| {
+                        // Written in one way only.
+                        signature.to_string() == end.signature
+                            && public_key.verify(SIGNED_AS, &sha256, signature).is_ok()
+                    };
+                    let is_signed = end.signature.parse().is_ok_and(|signature| signed(&signature));
+                    if !is_signed || end.sha256 != hex::encode(sha256) || end.tombstones != tombstones.len() as u64 {
                         return Err(LedgerError::Signature { path: path.to_owned() });
                     }
                     reader.end()?;
@@ -393,8 +396,10 @@ mod tests {
         }
         for at in 0..bytes.len() {
             let mut altered = bytes.clone();
-            altered[at] ^= 1;
-            assert!(read(&altered, &key).is_err(), "byte {at}");
+            for bit in 0..8 {
+                altered[at] = bytes[at] ^ 1 << bit;
+                assert!(read(&altered, &key).is_err(), "bit {bit} of byte {at}");
+            }
         }
         let lines: Vec<&[u8]> = bytes.split_inclusive(|byte| *byte == b'\n').collect();
         assert!(matches!(read(&[lines[0], lines[1], lines[3]].concat(), &key), Err(LedgerError::Signature { .. })));

@@ -525,7 +525,7 @@ impl Restore {
             let path = self.backup.join(&entry.file.file);
             let damaged = |detail: String| Err(RestoreError::Damaged { path: path.clone(), detail });
             let is_it = ShardEntry::new(entry.file.clone(), &contents) == *entry;
-            if (contents.commits, contents.position, contents.last_eid) < (entry.commits, 0, 0)
+            if contents.commits < entry.commits
                 || contents.position < entry.position
                 || contents.last_eid < entry.last_entity
             {

@@ -180,9 +180,9 @@ pub(crate) async fn check_stub(core: &ShardCore, entity: &EntityRow, commit: &Lo
         return Ok(());
     }
     let now = core.shard.read_log(entity, commit.version.saturating_sub(1), 1).await;
-    let is_there = |rows: Vec<LogRow>| rows.first().is_some_and(|row| row.version == commit.version && !row.is_stub());
+    let is_there = |rows: &[LogRow]| rows.first().is_some_and(|row| row.version == commit.version && !row.is_stub());
     match now {
-        Ok(rows) if is_there(rows) => Err("it was erased, and a commit of it is still there".to_owned()),
+        Ok(rows) if is_there(&rows) => Err("it was erased, and a commit of it is still there".to_owned()),
         // What cannot be read now is told of when it is read.
         _ => Ok(()),
     }

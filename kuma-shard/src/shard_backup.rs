@@ -21,13 +21,13 @@ use std::{
 use sqlx::{Row, sqlite::SqliteRow};
 
 use crate::{
-    CopyError, DiskId, EntityRow, Shard, Slot,
+    BadRow, CopyError, DiskId, EntityRow, LogRow, Shard, Slot,
     backup_file::BackupFile,
     book::Audit,
     erase::{self, Stubbed},
     log_row,
     row_hash::{Digest, RowHash},
-    scrub::SoundRow,
+    scrub::{Page, SoundRow},
     slots::{self, SlotImage},
     statements::{self, CopiedRow},
 };
@@ -182,6 +182,10 @@ impl<P: FnMut(CopyProgress) + Send> Copying<'_, P> {
         CopyError::DamagedSource { file, position, entity: entity.map(|entity| entity.id_hash), detail: detail.into() }
     }
 
+    fn bad_source(&self, BadRow { position, entity, detail }: BadRow) -> CopyError {
+        CopyError::DamagedSource { file: self.shard.file().to_owned(), position, entity, detail }
+    }
+
     fn file_error(&self, error: sqlx::Error) -> CopyError {
         CopyError::of(&self.file.path, error)
     }
@@ -201,22 +205,19 @@ impl<P: FnMut(CopyProgress) + Send> Copying<'_, P> {
         if copied == 1 {
             return Ok(());
         }
-        const LAST: &str = "SELECT slot, seq, version, count, checksum, length(body) FROM log WHERE position = ?";
-        let last = |row: &SqliteRow| -> sqlx::Result<[i64; 6]> {
-            let mut values = [0; 6];
-            for (index, value) in values.iter_mut().enumerate() {
-                *value = row.try_get(index)?;
-            }
-            Ok(values)
-        };
-        let position = (copied - 1).cast_signed();
-        let ours = sqlx::query(LAST).bind(position).fetch_one(&mut self.file.connection).await;
-        let ours = ours.and_then(|row| last(&row)).map_err(|error| CopyError::of(&self.file.path, error))?;
-        let theirs = sqlx::query(LAST).bind(position).fetch_one(&self.shard.database().readers).await;
-        let theirs = theirs.and_then(|row| last(&row)).map_err(|error| self.shard.read_error(error))?;
-        let is_stub = |row: &[i64; 6]| row[5] == 0;
-        let same = ours == theirs || (ours[..4] == theirs[..4] && (is_stub(&ours) || is_stub(&theirs)));
-        if same { Ok(()) } else { Err(other(format!("the rows at position {position} differ"))) }
+        let (position, end) = (copied - 1, copied);
+        let ours = Page::read(&mut self.file.connection, position - 1, end, 1).await;
+        let ours = ours.map_err(|error| CopyError::of(&self.file.path, error))?.rows.pop();
+        let theirs = self.shard.page(position - 1, end, 1).await?.rows.pop();
+        let lost = || self.source_error(position, None, "was committed and is not there");
+        let theirs = theirs.ok_or_else(lost)?.map_err(|bad| self.bad_source(bad))?;
+        let lost = || self.file.damaged(format!("the row at position {position} is missing"));
+        let bad = |bad: BadRow| self.file.damaged(format!("the row at position {position} {}", bad.detail));
+        let ours = ours.ok_or_else(lost)?.map_err(bad)?;
+        let place = |row: &LogRow| (row.slot, row.seq, row.version, row.count);
+        let is_stub = ours.row.is_stub() || theirs.row.is_stub();
+        let is_same = place(&ours.row) == place(&theirs.row) && (is_stub || ours.hash == theirs.hash);
+        if is_same { Ok(()) } else { Err(other(format!("the rows at position {position} differ"))) }
     }
 
     async fn copy_rows(&mut self, asked: &Audit) -> Result<(), CopyError> {
@@ -243,18 +244,13 @@ impl<P: FnMut(CopyProgress) + Send> Copying<'_, P> {
         self.file.commit(commits).await
     }
 
-    async fn copy_page(&mut self, page: Vec<Result<SoundRow, crate::BadRow>>) -> Result<(), CopyError> {
+    async fn copy_page(&mut self, page: Vec<Result<SoundRow, BadRow>>) -> Result<(), CopyError> {
         let mut rows = Vec::with_capacity(page.len());
         let mut erased = Vec::new();
         let mut last_eid = 0;
         for row in page {
             let next = self.file.stored.progress.next_position;
-            let SoundRow { entity, row, hash } = row.map_err(|bad| CopyError::DamagedSource {
-                file: self.shard.file().to_owned(),
-                position: bad.position,
-                entity: bad.entity,
-                detail: bad.detail,
-            })?;
+            let SoundRow { entity, row, hash } = row.map_err(|bad| self.bad_source(bad))?;
             if row.position != next {
                 return Err(self.source_error(next, None, "was committed and is not there"));
             }
@@ -524,7 +520,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        Activation, Commit, CopyId, Destroyed, LogRow, ShardBackup, ShardRead,
+        Activation, Commit, CopyId, Destroyed, ShardBackup, ShardRead,
         test_shard::{SHARDS, TestShard, commit},
     };
 
