@@ -15,7 +15,7 @@ use sha2::{Digest, Sha256};
 use tokio::io::{AsyncWrite, AsyncWriteExt};
 
 use crate::{
-    Direction, Entity, Handle, Kuma, RawHandle, ReadError, Unavailable, VaultError, Version, audit,
+    Direction, Entity, Handle, Kuma, RawHandle, ReadError, Refused, Unavailable, VaultError, Version, audit,
     history::{self, CommitEvents, Span},
     kind::{DocumentKind, Kind},
     ndjson::{self, CommitSpan, EventHead, LINE_BYTES_MAX, Manifest, MetadataLine},
@@ -123,7 +123,8 @@ impl<E: Entity> Handle<E> {
 
 impl Kuma {
     /// Writes the history of every entity of the store, one entity after the other, and one manifest at the end. Erased entities have
-    /// no history any more and are left out. `progress` is called after each entity.
+    /// no history any more and are left out; one that is erased just while it is written ends the export: start again. `progress` is called after
+    /// each entity.
     ///
     /// Each entity is as [`RawHandle::export`] writes it. Appends go on meanwhile: an entity is whole as of the moment when it was
     /// read, and one that is new since the export began may or may not be there. Kinds with a Rust type are to be made known first
@@ -160,7 +161,7 @@ impl Kuma {
                     after = row.eid;
                     // Neither what is erased nor what only this store can write.
                     if row.erased_at_us.is_none() && !core.is_erasing(&row) && !audit::is_reserved(&row.kind) {
-                        export.entity(&self.handle_of(core, row).await?).await?;
+                        self.export_unless_erased(core, row, &mut export).await?;
                         progress(&export.progress);
                     }
                 }
@@ -170,6 +171,26 @@ impl Kuma {
             }
         }
         export.finish().await
+    }
+
+    /// An entity that is erased meanwhile is left out, if nothing of it was written yet.
+    async fn export_unless_erased<W: AsyncWrite + Unpin>(
+        &self,
+        core: &ShardCore,
+        row: EntityRow,
+        export: &mut Export<'_, W>,
+    ) -> Result<(), ExportError> {
+        let before = export.progress.commits;
+        let exported = match self.handle_of(core, row).await {
+            Ok(handle) => export.entity(&handle).await,
+            Err(error) => Err(error),
+        };
+        match exported {
+            Err(ExportError::Read(ReadError::Refused(Refused::Erased { .. }))) if export.progress.commits == before => {
+                Ok(())
+            }
+            other => other,
+        }
     }
 
     /// The handle of a stored entity.
