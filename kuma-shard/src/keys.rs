@@ -11,18 +11,15 @@ use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
 
 use ractor::ActorCell;
 use sqlx::{Row, SqliteConnection, sqlite::SqliteRow};
-use tokio::sync::oneshot;
 
 use crate::{
-    CommitError, Digest, DiskId, EntityHash, FileOptions, NotWritten, OpenError, ReadError, StatsView,
-    book::{Book, Progress, Size},
+    CommitError, Digest, DiskId, EntityHash, FileOptions, OpenError, ReadError, StatsView,
     database::Database,
     open::FileSpec,
-    progress::Stored,
     row_hash::RowHash,
     schema::Role,
-    statements::{self, Bound},
-    writer::WriterMessage,
+    statements::Bound,
+    table_book::{self, TableBook},
 };
 
 pub(crate) const FILE_NAME: &str = "keys.db";
@@ -73,96 +70,43 @@ impl KeyRow {
 }
 
 /// One change of the keys.
-enum Change {
+pub(crate) enum Change {
     Add(KeyRow),
     Rewrap { key_id: [u8; 16], wrapped: Vec<u8> },
     Destroy { key_ids: Vec<[u8; 16]> },
     PutSecret { name: &'static str, wrapped: Vec<u8> },
 }
 
-pub(crate) struct KeyEntry {
-    change: Change,
-    reply: oneshot::Sender<Result<(), CommitError>>,
-}
-
-/// The keys in memory: only their sum; they are read from the file one by one.
-pub(crate) struct KeyBook {
-    digest: Digest,
-    staged: Option<Digest>,
-}
-
-impl Book for KeyBook {
-    type Entry = KeyEntry;
-
-    fn size(entry: &KeyEntry) -> Size {
-        let bytes = match &entry.change {
-            Change::Add(row) => row.wrapped.len(),
-            Change::Rewrap { wrapped, .. } | Change::PutSecret { wrapped, .. } => wrapped.len(),
+impl table_book::Change for Change {
+    fn bytes(&self) -> usize {
+        match self {
+            Change::Add(row) => row.wrapped.len() + 64,
+            Change::Rewrap { wrapped, .. } | Change::PutSecret { wrapped, .. } => wrapped.len() + 64,
             Change::Destroy { key_ids } => key_ids.len() * 64,
-        };
-        Size { bytes: bytes + 64, events: 1 }
-    }
-
-    fn has_work(&self, group: &[KeyEntry]) -> bool {
-        !group.is_empty()
-    }
-
-    async fn transact(
-        &mut self,
-        connection: &mut SqliteConnection,
-        group: &mut [KeyEntry],
-        commits: u64,
-        committing: &mut bool,
-    ) -> sqlx::Result<()> {
-        let mut digest = self.digest;
-        statements::execute(connection, "BEGIN IMMEDIATE").await?;
-        for entry in group {
-            let query = match &entry.change {
-                Change::Add(row) => {
-                    digest.add(&row.hash());
-                    insert(row)
-                }
-                Change::Rewrap { key_id, wrapped } => {
-                    rewrap(connection, *key_id, wrapped).await?;
-                    continue;
-                }
-                Change::Destroy { key_ids } => {
-                    for key_id in key_ids {
-                        destroy(connection, *key_id, &mut digest).await?;
-                    }
-                    continue;
-                }
-                Change::PutSecret { name, wrapped } => {
-                    sqlx::query("INSERT INTO secret(name, wrapped) VALUES (?, ?) ON CONFLICT(name) DO UPDATE SET wrapped = excluded.wrapped")
-                        .bind(*name)
-                        .bind(wrapped.clone())
-                }
-            };
-            query.execute(&mut *connection).await?;
         }
-        self.staged = Some(digest);
-        let stored = Stored { commits, progress: self.progress() };
-        *committing = true;
-        statements::commit(connection, &stored).await
     }
 
-    fn request_marks(&mut self) {}
-
-    fn progress(&self) -> Progress {
-        Progress { next_position: 1, mark_position: 0, indexed_position: 0, digest: self.staged.unwrap_or(self.digest) }
-    }
-
-    fn keep(&mut self) {
-        self.digest = self.staged.take().unwrap_or(self.digest);
-    }
-
-    fn drop_staged(&mut self) {
-        self.staged = None;
-    }
-
-    fn settle(&mut self, entry: KeyEntry, outcome: Result<(), CommitError>) {
-        // A caller that is gone does not want to know.
-        let _ = entry.reply.send(outcome);
+    async fn write(&self, connection: &mut SqliteConnection, digest: &mut Digest) -> sqlx::Result<()> {
+        match self {
+            Change::Add(row) => {
+                insert(row).execute(connection).await?;
+                digest.add(&row.hash());
+            }
+            Change::Rewrap { key_id, wrapped } => rewrap(connection, *key_id, wrapped).await?,
+            Change::Destroy { key_ids } => {
+                for key_id in key_ids {
+                    destroy(connection, *key_id, digest).await?;
+                }
+            }
+            Change::PutSecret { name, wrapped } => {
+                sqlx::query("INSERT INTO secret(name, wrapped) VALUES (?, ?) ON CONFLICT(name) DO UPDATE SET wrapped = excluded.wrapped")
+                    .bind(*name)
+                    .bind(wrapped.clone())
+                    .execute(connection)
+                    .await?;
+            }
+        }
+        Ok(())
     }
 }
 
@@ -221,7 +165,7 @@ pub struct KeysReport {
 /// The open `keys.db`. Cheap to clone.
 #[derive(Clone)]
 pub struct KeyStore {
-    database: Arc<Database<KeyBook>>,
+    database: Arc<Database<TableBook<Change>>>,
 }
 
 pub(crate) fn spec(directory: PathBuf, disk_id: DiskId, options: &FileOptions) -> FileSpec {
@@ -254,7 +198,7 @@ impl KeyStore {
         if witnessed.is_some_and(|digest| digest != stored.progress.digest) {
             return Err(spec.damaged("the digest of its keys is not the one in its watermark"));
         }
-        let book = KeyBook { digest: stored.progress.digest, staged: None };
+        let book = TableBook::new(stored.progress.digest);
         let database = Database::open(&spec, stored.commits, book, supervisor).await?;
         Ok(KeyStore { database: Arc::new(database) })
     }
@@ -264,7 +208,7 @@ impl KeyStore {
     /// # Errors
     /// It was not written, or that is unknown. Use a new key for the next attempt.
     pub async fn add(&self, row: KeyRow) -> Result<(), CommitError> {
-        self.change(Change::Add(row)).await
+        self.database.change(Change::Add(row)).await
     }
 
     /// Replaces the wrapping of a key that is the same inside.
@@ -272,7 +216,7 @@ impl KeyStore {
     /// # Errors
     /// It was not written, or that is unknown; either wrapping opens.
     pub async fn rewrap(&self, key_id: [u8; 16], wrapped: Vec<u8>) -> Result<(), CommitError> {
-        self.change(Change::Rewrap { key_id, wrapped }).await
+        self.database.change(Change::Rewrap { key_id, wrapped }).await
     }
 
     /// Destroys these keys: nothing that was sealed with them can be read from then on. Those that there are none of are no error.
@@ -281,7 +225,7 @@ impl KeyStore {
     /// # Errors
     /// None was destroyed, or that is unknown; do it again.
     pub async fn destroy(&self, key_ids: Vec<[u8; 16]>) -> Result<(), CommitError> {
-        self.change(Change::Destroy { key_ids }).await
+        self.database.change(Change::Destroy { key_ids }).await
     }
 
     /// Copies the log into the database and cuts it to nothing. See [`crate::Shard::truncate_log`].
@@ -299,17 +243,7 @@ impl KeyStore {
     /// # Errors
     /// It was not written, or that is unknown.
     pub async fn put_secret(&self, name: &'static str, wrapped: Vec<u8>) -> Result<(), CommitError> {
-        self.change(Change::PutSecret { name, wrapped }).await
-    }
-
-    async fn change(&self, change: Change) -> Result<(), CommitError> {
-        let (reply, settled) = oneshot::channel();
-        if self.database.writer.cast(WriterMessage::Submit(KeyEntry { change, reply })).is_err() {
-            return Err(NotWritten::Stopping.into());
-        }
-        let unknown =
-            |_| CommitError::Unknown { file: self.database.file.to_string(), detail: "its writer stopped".to_owned() };
-        settled.await.map_err(unknown)?
+        self.database.change(Change::PutSecret { name, wrapped }).await
     }
 
     /// The key with this name; it may be destroyed.

@@ -44,6 +44,7 @@ mod snapshots;
 mod sqlite;
 mod statements;
 mod stats;
+mod table_book;
 mod tail;
 #[cfg(test)]
 mod test_shard;

@@ -11,18 +11,17 @@ use std::{path::PathBuf, sync::Arc};
 
 use ractor::ActorCell;
 use sqlx::{Row, SqliteConnection, sqlite::SqliteRow};
-use tokio::sync::oneshot;
 
 use crate::{
-    CommitError, Digest, DiskId, EntityHash, FileOptions, NotWritten, OpenError, ReadError, Slot, StatsView,
-    book::{Book, Progress, Size},
+    CommitError, Digest, DiskId, EntityHash, FileOptions, OpenError, ReadError, Slot, StatsView,
+    book::Progress,
     database::Database,
     open::FileSpec,
     progress::Stored,
     row_hash::RowHash,
     schema::Role,
-    statements::{self, Bound},
-    writer::WriterMessage,
+    statements::Bound,
+    table_book::{self, TableBook},
 };
 
 pub(crate) const FILE_NAME: &str = "node.db";
@@ -92,7 +91,7 @@ fn backup_hash(what: &str, at_us: i64) -> RowHash {
 }
 
 /// One change of what the node knows.
-enum Change {
+pub(crate) enum Change {
     /// Tombstones, and that their erasures are to be done.
     Entomb(Vec<Tombstone>),
     /// A life is about to be replaced by the one with the second key.
@@ -108,20 +107,19 @@ enum Change {
     },
 }
 
-pub(crate) struct NodeEntry {
-    change: Change,
-    reply: oneshot::Sender<Result<(), CommitError>>,
-}
+impl table_book::Change for Change {
+    fn bytes(&self) -> usize {
+        match self {
+            Change::Entomb(tombstones) => tombstones.len() * 128,
+            Change::Finish(receipts) | Change::Keep(receipts) => {
+                receipts.iter().map(|receipt| receipt.body.len() + 64).sum()
+            }
+            Change::Backup { .. } | Change::Intend(..) | Change::GiveUp(_) => 64,
+        }
+    }
 
-/// The sum of all rows.
-pub(crate) struct NodeBook {
-    digest: Digest,
-    staged: Option<Digest>,
-}
-
-impl NodeBook {
-    async fn write(connection: &mut SqliteConnection, change: &Change, digest: &mut Digest) -> sqlx::Result<()> {
-        match change {
+    async fn write(&self, connection: &mut SqliteConnection, digest: &mut Digest) -> sqlx::Result<()> {
+        match self {
             Change::Entomb(tombstones) => {
                 for tombstone in tombstones {
                     if insert(tombstone).execute(&mut *connection).await?.rows_affected() > 0 {
@@ -148,7 +146,7 @@ impl NodeBook {
                 unfinished("DELETE FROM replacing WHERE key_id = ?", key_id, connection).await?;
             }
             Change::Finish(receipts) | Change::Keep(receipts) => {
-                let finishes = matches!(change, Change::Finish(_));
+                let finishes = matches!(self, Change::Finish(_));
                 for ReceiptRow { receipt_id, key_id, body } in receipts {
                     let insert = sqlx::query("INSERT OR IGNORE INTO receipt(receipt_id, body) VALUES (?, ?)");
                     let done = insert.bind(receipt_id.to_vec()).bind(body.clone()).execute(&mut *connection).await?;
@@ -183,66 +181,10 @@ async fn unfinished(statement: &'static str, key_id: &[u8; 16], connection: &mut
     sqlx::query(statement).bind(key_id.to_vec()).execute(connection).await.map(|_| ())
 }
 
-impl Book for NodeBook {
-    type Entry = NodeEntry;
-
-    fn size(entry: &NodeEntry) -> Size {
-        let bytes = match &entry.change {
-            Change::Entomb(tombstones) => tombstones.len() * 128,
-            Change::Finish(receipts) | Change::Keep(receipts) => {
-                receipts.iter().map(|receipt| receipt.body.len() + 64).sum()
-            }
-            Change::Backup { .. } | Change::Intend(..) | Change::GiveUp(_) => 64,
-        };
-        Size { bytes, events: 1 }
-    }
-
-    fn has_work(&self, group: &[NodeEntry]) -> bool {
-        !group.is_empty()
-    }
-
-    async fn transact(
-        &mut self,
-        connection: &mut SqliteConnection,
-        group: &mut [NodeEntry],
-        commits: u64,
-        committing: &mut bool,
-    ) -> sqlx::Result<()> {
-        let mut digest = self.digest;
-        statements::execute(connection, "BEGIN IMMEDIATE").await?;
-        for entry in group {
-            NodeBook::write(connection, &entry.change, &mut digest).await?;
-        }
-        self.staged = Some(digest);
-        let stored = Stored { commits, progress: self.progress() };
-        *committing = true;
-        statements::commit(connection, &stored).await
-    }
-
-    fn request_marks(&mut self) {}
-
-    fn progress(&self) -> Progress {
-        Progress { next_position: 1, mark_position: 0, indexed_position: 0, digest: self.staged.unwrap_or(self.digest) }
-    }
-
-    fn keep(&mut self) {
-        self.digest = self.staged.take().unwrap_or(self.digest);
-    }
-
-    fn drop_staged(&mut self) {
-        self.staged = None;
-    }
-
-    fn settle(&mut self, entry: NodeEntry, outcome: Result<(), CommitError>) {
-        // A caller that is gone does not want to know.
-        let _ = entry.reply.send(outcome);
-    }
-}
-
 /// The open `node.db`. Cheap to clone.
 #[derive(Clone)]
 pub struct NodeStore {
-    database: Arc<Database<NodeBook>>,
+    database: Arc<Database<TableBook<Change>>>,
 }
 
 fn spec(directory: PathBuf, disk_id: DiskId, options: &FileOptions) -> FileSpec {
@@ -273,7 +215,7 @@ impl NodeStore {
         let mut connection = spec.begin_build().await?;
         let mut digest = Digest::default();
         for change in [Change::Entomb(tombstones), Change::Keep(receipts)] {
-            let written = NodeBook::write(&mut connection, &change, &mut digest).await;
+            let written = table_book::Change::write(&change, &mut connection, &mut digest).await;
             written.map_err(|error| spec.read_failed(error))?;
         }
         let progress = Progress { next_position: 1, mark_position: 0, indexed_position: 0, digest };
@@ -299,7 +241,7 @@ impl NodeStore {
         if found != stored.progress.digest || witnessed.is_some_and(|digest| digest != found) {
             return Err(spec.damaged("the digest of its rows is not the one that was committed"));
         }
-        let book = NodeBook { digest: stored.progress.digest, staged: None };
+        let book = TableBook::new(stored.progress.digest);
         let database = Database::open(&spec, stored.commits, book, supervisor).await?;
         Ok(NodeStore { database: Arc::new(database) })
     }
@@ -309,7 +251,7 @@ impl NodeStore {
     /// # Errors
     /// None was written, or that is unknown; send them again.
     pub async fn entomb(&self, tombstones: Vec<Tombstone>) -> Result<(), CommitError> {
-        self.change(Change::Entomb(tombstones)).await
+        self.database.change(Change::Entomb(tombstones)).await
     }
 
     /// Adds receipts and ends their erasures; durable when this returns. A receipt of a name that there is one of changes nothing.
@@ -317,7 +259,7 @@ impl NodeStore {
     /// # Errors
     /// None was written, or that is unknown; send them again.
     pub async fn finish(&self, receipts: Vec<ReceiptRow>) -> Result<(), CommitError> {
-        self.change(Change::Finish(receipts)).await
+        self.database.change(Change::Finish(receipts)).await
     }
 
     /// Adds receipts without ending an erasure.
@@ -325,7 +267,7 @@ impl NodeStore {
     /// # Errors
     /// None was written, or that is unknown; send them again.
     pub async fn keep(&self, receipts: Vec<ReceiptRow>) -> Result<(), CommitError> {
-        self.change(Change::Keep(receipts)).await
+        self.database.change(Change::Keep(receipts)).await
     }
 
     /// Notes that the life with the key of `tombstone` is about to be replaced by the one with the key `next_key_id`: should that come to pass,
@@ -334,7 +276,7 @@ impl NodeStore {
     /// # Errors
     /// It was not written, or that is unknown.
     pub async fn intend(&self, tombstone: Tombstone, next_key_id: [u8; 16]) -> Result<(), CommitError> {
-        self.change(Change::Intend(tombstone, next_key_id)).await
+        self.database.change(Change::Intend(tombstone, next_key_id)).await
     }
 
     /// Takes back that the life with this key is about to be replaced.
@@ -342,7 +284,7 @@ impl NodeStore {
     /// # Errors
     /// It was not written, or that is unknown.
     pub async fn give_up(&self, key_id: [u8; 16]) -> Result<(), CommitError> {
-        self.change(Change::GiveUp(key_id)).await
+        self.database.change(Change::GiveUp(key_id)).await
     }
 
     /// Lives that are about to be replaced, as the tombstones that they get then, each with the key of the next life.
@@ -370,17 +312,7 @@ impl NodeStore {
     /// # Errors
     /// It was not written, or that is unknown.
     pub async fn note_backup(&self, what: &'static str, at_us: i64) -> Result<(), CommitError> {
-        self.change(Change::Backup { what, at_us }).await
-    }
-
-    async fn change(&self, change: Change) -> Result<(), CommitError> {
-        let (reply, settled) = oneshot::channel();
-        if self.database.writer.cast(WriterMessage::Submit(NodeEntry { change, reply })).is_err() {
-            return Err(NotWritten::Stopping.into());
-        }
-        let unknown =
-            |_| CommitError::Unknown { file: self.database.file.to_string(), detail: "its writer stopped".to_owned() };
-        settled.await.map_err(unknown)?
+        self.database.change(Change::Backup { what, at_us }).await
     }
 
     /// Erasures that are not finished, in the order in which they were asked for.
