@@ -1,7 +1,7 @@
 //! Backups of an open store: its events, and apart from them its keys.
 //!
 //! ```text
-//! events:  each shard, what is new ──► ledger ──► read every row back ──► manifest ──► noted in node.db
+//! events:  ledger ──► each shard, what is new ──► read every row back ──► manifest ──► noted in node.db
 //! keys:    all keys, to a new file ──► ledger ──► read back ───────────► manifest ──► the file before is wiped
 //! ```
 //! Invariants:
@@ -37,6 +37,7 @@ use manifest::{
 };
 
 pub(crate) const LEDGER_FILE: &str = "ledger.ndjson";
+const LEDGER_PARTIAL: &str = "ledger.ndjson.partial";
 /// They take turns: the one that the manifest names is whole at any moment.
 const KEYS_FILES: [&str; 2] = ["keys-a.db", "keys-b.db"];
 const LOCK_FILE: &str = "backup.lock";
@@ -252,7 +253,9 @@ impl Kuma {
         wipe(&path)?;
         let contents = self.vault().keys.back_up(&path, self.inner.disk_id(), |_| ()).await?;
         read_keys_back(&path, self.inner.disk_id(), &contents).await?;
-        let (ledger, entry) = self.ledger_into(directory).await?;
+        // As late as can be: it knows every key that was destroyed while they were copied.
+        let ledger = self.new_ledger(directory).await?;
+        let entry = put_ledger(directory, &ledger)?;
         let file = entry_of(&path, true).await?;
         let mut manifest = KeysManifest::new(self.backup_of(Backed::Keys, at_us), file, &contents, entry);
         write_manifest(directory, &mut manifest)?;
@@ -284,27 +287,25 @@ impl Kuma {
         self.inner.node().note_backup(what, at_us).await.map_err(BackupError::NotNoted)
     }
 
-    /// Puts the ledger as of now into `directory`, in place of the one there.
-    async fn ledger_into(&self, directory: &Path) -> Result<(LedgerSummary, LedgerEntry), BackupError> {
-        let path = directory.join(LEDGER_FILE);
-        let partial = directory.join(format!("{LEDGER_FILE}.partial"));
+    /// Writes the ledger as of now beside the one in `directory`; [`put_ledger`] puts it in its place.
+    async fn new_ledger(&self, directory: &Path) -> Result<LedgerSummary, BackupError> {
+        let partial = directory.join(LEDGER_PARTIAL);
         let mut file = tokio::fs::File::create(&partial).await.map_err(|source| io_error(&partial, source))?;
         let summary = self.export_ledger(&mut file).await?;
-        let renamed = async {
-            file.sync_all().await?;
-            tokio::fs::rename(&partial, &path).await?;
-            sync_directory(directory)
-        };
-        renamed.await.map_err(|source| io_error(&path, source))?;
-        let public_key = self.vault().node_key().public();
-        let ledger = Ledger::read(&path, self.context(), &public_key)?;
-        let entry = LedgerEntry {
-            file: LEDGER_FILE.to_owned(),
-            tombstones: summary.tombstones,
-            as_of: text_of(ledger.as_of_us),
-        };
-        Ok((summary, entry))
+        file.sync_all().await.map_err(|source| io_error(&partial, source))?;
+        // It is read as it will be read one day.
+        Ledger::read(&partial, self.context(), &self.vault().node_key().public())?;
+        Ok(summary)
     }
+}
+
+/// Puts a new ledger in the place of the one that is there.
+fn put_ledger(directory: &Path, summary: &LedgerSummary) -> Result<LedgerEntry, BackupError> {
+    let path = directory.join(LEDGER_FILE);
+    let renamed = fs::rename(directory.join(LEDGER_PARTIAL), &path).and_then(|()| sync_directory(directory));
+    renamed.map_err(|source| io_error(&path, source))?;
+    let LedgerSummary { tombstones, as_of } = *summary;
+    Ok(LedgerEntry { file: LEDGER_FILE.to_owned(), tombstones, as_of: text_of(crate::micros(as_of)) })
 }
 
 impl Backup {
@@ -335,6 +336,9 @@ impl Backup {
         let disk_id = kuma.inner.disk_id();
         let mut now =
             BackupProgress { step: BackupStep::Copy, shard: 0, shards: count, commits: 0, commits_total: 0, bytes: 0 };
+        // Before anything is copied: a life that was replaced has its tombstone after the next one is there, so that for each tombstone the
+        // copy has that next life.
+        let ledger = kuma.new_ledger(&directory).await?;
         let mut copied: Vec<ShardCopied> = Vec::new();
         for core in &shards {
             now.shard += 1;
@@ -350,7 +354,6 @@ impl Backup {
             };
             copied.push(core.shard.back_up(&directory, disk_id, count, tell).await?);
         }
-        let (ledger, ledger_entry) = kuma.ledger_into(&directory).await?;
         let mut verified = verify.then(BackupContents::default);
         let mut entries = Vec::with_capacity(copied.len());
         now.step = BackupStep::Verify;
@@ -367,6 +370,7 @@ impl Backup {
             }
             entries.push(ShardEntry::new(entry_of(&path, verify).await?, &copied.contents));
         }
+        let ledger_entry = put_ledger(&directory, &ledger)?;
         let mut manifest = EventsManifest::new(kuma.backup_of(Backed::Events, at_us), entries, ledger_entry);
         write_manifest(&directory, &mut manifest)?;
         let ended = fs::remove_file(&unfinished).and_then(|()| sync_directory(&directory));
@@ -454,7 +458,7 @@ fn io_error(path: &Path, source: io::Error) -> BackupError {
 /// Writes zeros over a file and removes it. What the disk keeps of it elsewhere is out of reach, and a second name of the file is somebody's
 /// own copy of it: that is left alone.
 fn wipe(path: &Path) -> Result<(), BackupError> {
-    const ZEROS: [u8; 1 << 16] = [0; 1 << 16];
+    static ZEROS: [u8; 1 << 16] = [0; 1 << 16];
     let wiped = (|| {
         let mut file = match OpenOptions::new().write(true).open(path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),

@@ -363,35 +363,30 @@ impl Restore {
         // At most 256.
         let shards = prepared.manifest.shards.len() as u16;
         let data_dir = DataDir::begin_restore(&target, &options.context, shards, &KEEP)?;
-        let outcome = prepared.copy(&data_dir, &options, &mut progress).await;
+        let copied = prepared.copy(&data_dir, &options, &mut progress).await;
         prepared.keys.close().await;
         // Let go of, so that it can be opened.
-        let report = match outcome {
-            Ok(report) => {
-                drop(data_dir);
-                let opened = self.open(&options, prepared.tombstones.len(), &mut progress).await;
-                match opened.and_then(|()| Ok(DataDir::open_restored(&target)?)) {
-                    Ok(mut data_dir) => {
-                        data_dir.finish()?;
-                        return Ok(report);
-                    }
-                    Err(error) => Err((DataDir::open_restored(&target), error)),
-                }
-            }
-            Err(error) => Err((Ok(data_dir), error)),
+        drop(data_dir);
+        let opened = match copied {
+            Ok(report) => self.open(&options, prepared.tombstones.len(), &mut progress).await.map(|()| report),
+            Err(error) => Err(error),
         };
-        report.map_err(|(data_dir, error)| {
-            let removed = data_dir.and_then(DataDir::abandon).and_then(|()| match was_there {
-                true => Ok(()),
-                // Not if somebody put something else into it meanwhile.
-                false => Ok(drop(fs::remove_dir(&target))),
-            });
-            if let Err(left) = removed {
-                let path = target.display();
-                tracing::error!(%path, error = %left, "a restore failed, and what it made could not be removed; remove it");
+        match opened {
+            Ok(report) => {
+                DataDir::open_restored(&target)?.finish()?;
+                Ok(report)
             }
-            error
-        })
+            Err(error) => {
+                if let Err(left) = DataDir::open_restored(&target).and_then(DataDir::abandon) {
+                    let path = target.display();
+                    tracing::error!(%path, error = %left, "a restore failed, and what it made could not be removed; remove it");
+                } else if !was_there {
+                    // Unless somebody put something else into it meanwhile.
+                    let _ = fs::remove_dir(&target);
+                }
+                Err(error)
+            }
+        }
     }
 
     /// Checks all that can be checked before anything is written.
@@ -849,3 +844,8 @@ async fn read_back(kuma: &Kuma, progress: &mut (impl FnMut(&RestoreProgress) + S
         None => Ok(()),
     }
 }
+
+/// What docs/operations.md shows compiles.
+#[cfg(doctest)]
+#[doc = include_str!("../../docs/operations.md")]
+mod operations {}

@@ -2,8 +2,9 @@
 //!
 //! Invariants:
 //! - Its role is not that of a file which is in use, so that neither can be mistaken for the other.
-//! - After each of its transactions it holds the shard's log up to a position, without gaps, the entities of those rows, and slots and digest
-//!   that add up to them: whatever is interrupted, what is there is a state that the shard went through.
+//! - It is *whole* when it holds the shard's log up to the end of one of its transactions, the entities of then, and slots and digest that add
+//!   up. Whole, it goes to the next such state in one transaction: whatever is interrupted, it is one or the other. Only while it is copied
+//!   for the first time is it not whole, and then it says so (its mark is 0) and nothing is restored from it.
 //! - Rows with sealed bytes are added at the end, or shrunk where they stand (see `schema.rs`). Where an entity is erased, its rows here are
 //!   stubs or become stubs.
 //! - Closed, it is a single file: its journal is that of rollbacks.
@@ -43,6 +44,12 @@ pub enum CopyError {
         entity: Option<EntityHash>,
         /// What is wrong with it.
         detail: String,
+    },
+    /// Entities were given their next lives faster than they could be followed.
+    #[error("{file} of the store: entities are restored to earlier versions faster than they can be copied")]
+    Unsettled {
+        /// The name of the store's file.
+        file: String,
     },
     /// The backup holds what the store does not: it is of another history.
     #[error("{path} holds another history than the store ({detail})")]
@@ -159,19 +166,28 @@ pub(crate) struct BackupFile {
     pub(crate) last_eid: i64,
     /// Slots that are not written as they are in `images`.
     pub(crate) dirty: BTreeSet<usize>,
+    /// Whether it is whole, as of its last transaction.
+    pub(crate) is_whole: bool,
     /// Whether a transaction is open.
     begun: bool,
 }
 
 impl BackupFile {
-    /// Opens the copy of a shard in `directory`; it must be there.
+    /// Opens the copy of a shard in `directory`; it must be there, and whole.
     pub(crate) async fn open(directory: &Path, number: u16, shards: u16, disk_id: DiskId) -> Result<Self, CopyError> {
         let path = directory.join(crate::shard::file_name(number));
         if !path.try_exists().map_err(|source| CopyError::Io { path: path.clone(), source })? {
             return Err(CopyError::Missing { path });
         }
         let connection = sqlite::connect_backup(&path, false).await.map_err(|error| CopyError::of(&path, error))?;
-        BackupFile::load(path, number, shards, disk_id, connection).await
+        let file = BackupFile::load(path, number, shards, disk_id, connection).await?;
+        if !file.is_whole {
+            let error = file.damaged("it was being copied for the first time, and that did not come to its end");
+            // It only read.
+            let _ = file.connection.close().await;
+            return Err(error);
+        }
+        Ok(file)
     }
 
     /// Opens the copy of a shard in `directory`, or begins one.
@@ -202,12 +218,13 @@ impl BackupFile {
         let loaded = read(&path, number, shards, disk_id, &mut connection).await;
         match loaded {
             Ok((stored, images, last_eid)) => Ok(BackupFile {
-                last_eid,
+                is_whole: stored.progress.mark_position + 1 == stored.progress.next_position,
                 path,
                 shards,
                 connection,
                 stored,
                 images,
+                last_eid,
                 dirty: BTreeSet::new(),
                 begun: false,
             }),
@@ -239,13 +256,13 @@ impl BackupFile {
         self.begun || !self.dirty.is_empty()
     }
 
-    /// Commits what was added, as of the commit `commits` of the shard.
-    pub(crate) async fn commit(&mut self, commits: u64) -> Result<(), CopyError> {
+    /// Commits what was added, as of the commit `commits` of the shard; it is whole then or not.
+    pub(crate) async fn commit(&mut self, commits: u64, is_whole: bool) -> Result<(), CopyError> {
         let mut digest = Digest::default();
         self.images.iter().for_each(|image| digest.add_digest(&image.digest));
         let next_position = self.stored.progress.next_position;
-        let progress =
-            Progress { next_position, mark_position: next_position - 1, indexed_position: next_position - 1, digest };
+        let mark_position = if is_whole { next_position - 1 } else { 0 };
+        let progress = Progress { next_position, mark_position, indexed_position: mark_position, digest };
         let stored = Stored { commits, progress };
         self.begin().await?;
         let dirty = std::mem::take(&mut self.dirty);
@@ -255,7 +272,7 @@ impl BackupFile {
             crate::statements::commit(&mut self.connection, &stored).await
         };
         written.await.map_err(|error| CopyError::of(&self.path, error))?;
-        (self.begun, self.stored) = (false, stored);
+        (self.begun, self.is_whole, self.stored) = (false, is_whole, stored);
         Ok(())
     }
 

@@ -195,7 +195,7 @@ impl DataDir {
             None => {}
         }
         let shards = shards.unwrap_or(shards_default);
-        Ok(DataDir::begin(path, lock, StoreState::Creating, context, shards)?)
+        DataDir::begin(path, lock, StoreState::Creating, context, shards)
     }
 
     /// Locks `path`, makes it if it does not exist, and gives it the identity of a store that is being restored. It must be empty, but for
@@ -225,7 +225,7 @@ impl DataDir {
             }
         }
         let lock = lock(path)?;
-        Ok(DataDir::begin(path, lock, StoreState::Restoring, context, shards)?)
+        DataDir::begin(path, lock, StoreState::Restoring, context, shards)
     }
 
     /// Opens a directory that [`DataDir::begin_restore`] began, whose files are all there, once more before [`DataDir::finish`].

@@ -87,12 +87,21 @@ impl KeyStore {
             let page = self.page(after, PAGE_ROWS).await?;
             let Some((last, _)) = page.last_key_value() else { break };
             after = *last;
-            for row in page.values() {
-                // A wrapping that became longer meanwhile is met a second time, at the end.
-                if let Some(older) = put(&mut connection, row).await.map_err(fail)? {
-                    contents.remove(&older);
+            let rows: Vec<&KeyRow> = page.values().collect();
+            match known(&mut connection, &rows).await.map_err(fail)? {
+                false => {
+                    insert_all(&mut connection, &rows).await.map_err(fail)?;
+                    rows.iter().for_each(|row| contents.add(row));
                 }
-                contents.add(row);
+                // A wrapping that became longer meanwhile is met a second time, at the end.
+                true => {
+                    for row in rows {
+                        if let Some(older) = put(&mut connection, row).await.map_err(fail)? {
+                            contents.remove(&older);
+                        }
+                        contents.add(row);
+                    }
+                }
             }
             progress(contents.keys + contents.destroyed);
         }
@@ -105,6 +114,31 @@ impl KeyStore {
         File::open(path).and_then(|file| file.sync_all()).map_err(|source| io_error(path, source))?;
         Ok(contents)
     }
+}
+
+/// Whether any of these keys is there.
+async fn known(connection: &mut SqliteConnection, rows: &[&KeyRow]) -> sqlx::Result<bool> {
+    let names: Vec<String> = rows.iter().map(|row| format!("\"{}\"", hex::encode(row.key_id))).collect();
+    let query =
+        sqlx::query("SELECT EXISTS (SELECT 1 FROM data_key WHERE key_id IN (SELECT unhex(value) FROM json_each(?)))");
+    query.bind(format!("[{}]", names.join(","))).fetch_one(connection).await?.try_get(0)
+}
+
+/// Adds keys, in one statement.
+async fn insert_all(connection: &mut SqliteConnection, rows: &[&KeyRow]) -> sqlx::Result<()> {
+    let row = |row: &&KeyRow| {
+        let [key_id, id_hash, wrapped] = [&row.key_id[..], &row.id_hash.0, &row.wrapped].map(hex::encode);
+        format!("[\"{key_id}\",\"{id_hash}\",\"{wrapped}\",{}]", row.created_at_us)
+    };
+    let rows: Vec<String> = rows.iter().map(row).collect();
+    sqlx::query(
+        "INSERT INTO data_key(key_id, id_hash, wrapped, created_at)
+         SELECT unhex(value ->> 0), unhex(value ->> 1), unhex(value ->> 2), value ->> 3 FROM json_each(?) ORDER BY key",
+    )
+    .bind(format!("[{}]", rows.join(",")))
+    .execute(connection)
+    .await
+    .map(|_| ())
 }
 
 /// Adds a key, or takes what is newer of one that is there; returns that one.
@@ -228,13 +262,15 @@ impl KeysBackup {
             let page = self.page(after).await?;
             let Some((last, _)) = page.last() else { break };
             after = *last;
-            for (_, mut row) in page {
+            let mut rows: Vec<KeyRow> = page.into_iter().map(|(_, row)| row).collect();
+            for row in &mut rows {
                 if destroyed.contains_key(&row.key_id) {
                     row.wrapped.clear();
                 }
-                contents.add(&row);
-                keys::insert(&row).execute(&mut connection).await.map_err(|error| spec.read_failed(error))?;
+                contents.add(row);
             }
+            let rows: Vec<&KeyRow> = rows.iter().collect();
+            insert_all(&mut connection, &rows).await.map_err(|error| spec.read_failed(error))?;
         }
         spec.finish_build(connection, &contents.stored()).await?;
         Ok(contents)
@@ -253,5 +289,83 @@ fn io_error(path: &Path, source: io::Error) -> CopyError {
         io::ErrorKind::StorageFull => CopyError::DiskFull { path },
         io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => CopyError::ReadOnly { path },
         _ => CopyError::Io { path, source },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{EntityHash, test_shard::TestShard};
+
+    const DISK: DiskId = DiskId([7; 16]);
+
+    fn key(name: u8, wrapped: &[u8]) -> KeyRow {
+        KeyRow {
+            key_id: [name; 16],
+            id_hash: EntityHash([name; 16]),
+            wrapped: wrapped.to_vec(),
+            created_at_us: name.into(),
+        }
+    }
+
+    #[tokio::test]
+    async fn keys_are_copied_and_restored_and_those_that_were_destroyed_stay_so() {
+        let (shard, from, to) = (TestShard::new().await, tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let options = FileOptions::default();
+        KeyStore::create(from.path().to_owned(), DISK, &options).await.unwrap();
+        let keys = KeyStore::open(from.path().to_owned(), DISK, &options, shard.root()).await.unwrap();
+        for (name, wrapped) in [(1, &b"first"[..]), (2, b"second"), (3, b"the third"), (4, b"fourth")] {
+            keys.add(key(name, wrapped)).await.unwrap();
+        }
+        keys.put_secret("id_secret", b"secret".to_vec()).await.unwrap();
+        keys.destroy(vec![[1; 16]]).await.unwrap();
+        // It moves to the end.
+        keys.rewrap([2; 16], b"wrapped anew".to_vec()).await.unwrap();
+        let path = to.path().join("copy.db");
+        let contents = keys.back_up(&path, DISK, |_| ()).await.unwrap();
+        assert_eq!((contents.keys, contents.destroyed), (3, 1));
+        keys.stop().await;
+
+        assert!(matches!(KeysBackup::open(&path, DiskId([8; 16])).await, Err(CopyError::Foreign { .. })));
+        let mut backup = KeysBackup::open(&path, DISK).await.unwrap();
+        assert_eq!(*backup.contents(), contents);
+        assert_eq!(backup.secret("id_secret").await.unwrap().as_deref(), Some(&b"secret"[..]));
+        let restored = DiskId([9; 16]);
+        let destroyed = Destroyed::from([([3; 16], 5), ([77; 16], 5)]);
+        let made = backup.restore(to.path(), restored, &options, &destroyed).await.unwrap();
+        assert_eq!((made.keys, made.destroyed), (2, 2));
+        backup.close().await;
+
+        let keys = KeyStore::open(to.path().to_owned(), restored, &options, shard.root()).await.unwrap();
+        assert!(keys.verify(|_| ()).await.unwrap().damage.is_empty());
+        for (name, wrapped) in [(1, &b""[..]), (2, b"wrapped anew"), (3, b""), (4, b"fourth")] {
+            assert_eq!(keys.get([name; 16]).await.unwrap(), Some(key(name, wrapped)));
+        }
+        assert_eq!(keys.secret("id_secret").await.unwrap().as_deref(), Some(&b"secret"[..]));
+        keys.stop().await;
+        shard.stop().await;
+        for (file, is_there) in [("keys.db", false), ("copy.db", true)] {
+            let found = std::fs::read(to.path().join(file)).unwrap();
+            assert_eq!(found.windows(9).any(|window| window == b"the third"), is_there, "{file}");
+        }
+    }
+
+    /// A key whose wrapping becomes longer while the keys are copied is met twice.
+    #[tokio::test]
+    async fn a_key_that_is_met_twice_is_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("copy.db");
+        let mut connection = sqlite::connect_builder(&path).await.unwrap();
+        schema::create(&mut connection, Role::KeysBackup, DISK).await.unwrap();
+        let (first, again) = (key(1, b"wrapped"), key(1, b"wrapped anew"));
+        assert!(!known(&mut connection, &[&first]).await.unwrap());
+        insert_all(&mut connection, &[&first]).await.unwrap();
+        assert!(known(&mut connection, &[&key(2, b""), &again]).await.unwrap());
+        assert_eq!(put(&mut connection, &again).await.unwrap(), Some(first));
+        assert_eq!(put(&mut connection, &key(2, b"")).await.unwrap(), None);
+        let rows =
+            sqlx::query("SELECT wrapped FROM data_key ORDER BY number").fetch_all(&mut connection).await.unwrap();
+        let rows: Vec<Vec<u8>> = rows.iter().map(|row| row.get(0)).collect();
+        assert_eq!(rows, [b"wrapped anew".to_vec(), Vec::new()]);
     }
 }

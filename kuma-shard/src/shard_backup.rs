@@ -2,14 +2,17 @@
 //!
 //! ```text
 //!   ask the writer how far it is ──► rows behind the copy's end, page by page ──► stubs for what was erased since
-//!                                          ▲                    │                          │
-//!                                          └── commit every 16 MiB                         ▼
-//!                                                        compare each slot with what the writer said ──► commit
+//!              ▲                                                                              │
+//!              └──────────── an erased entity has a next life, that may be behind the end ────┤
+//!                                                                                             ▼
+//!                                                 compare each slot with what the writer said ──► commit
 //! ```
 //! Invariants:
-//! - The copy is as of the moment at which the writer was asked: every commit that was acknowledged before is in it.
+//! - The copy is as of the moment at which the writer was asked last: every commit that was acknowledged before is in it.
+//! - An entity whose life was replaced by the next one is not erased in the copy without that next life being in it.
 //! - No state of the shard is held open for longer than one page of rows, so that its log is cut as if there were no backup.
 //! - Every row is checked before it is copied. One that is damaged ends the backup and leaves the copy as it was.
+//! - A copy that is whole is brought up to date in one transaction; its first making is one for each 16 MiB.
 //! - A copy that was begun is continued behind its last row. Rows in front of it are only ever turned into stubs.
 //! - Entities are copied in the order of their numbers, in which the store wrote them, and in front of their rows. Some have no rows yet.
 
@@ -33,7 +36,7 @@ use crate::{
 };
 
 const PAGE_ROWS: u32 = 2048;
-/// A transaction of the copy ends when it has so many bytes.
+/// While a copy is made for the first time, a transaction of it ends when it has so many bytes.
 const TRANSACTION_BYTES: u64 = 16 << 20;
 /// What a row counts for beside its body.
 const ROW_BYTES: u64 = 256;
@@ -41,6 +44,8 @@ const ROW_BYTES: u64 = 256;
 const STUB_BYTES: i64 = 4 << 20;
 /// Erasures that went on meanwhile are followed so often.
 const ROUNDS_MAX: usize = 3;
+/// Next lives that began meanwhile are followed so often.
+const LIVES_ROUNDS_MAX: usize = 16;
 
 /// How far the copy of a shard has come.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -103,9 +108,12 @@ impl Shard {
         progress: impl FnMut(CopyProgress) + Send,
     ) -> Result<ShardCopied, CopyError> {
         let file = BackupFile::open_or_create(directory, self.number(), shards, disk_id).await?;
+        let is_first = file.next_position() == 1 || !file.is_whole;
         let mut copying = Copying {
             shard: self,
             file,
+            is_first,
+            has_next_life: false,
             transaction_bytes: 0,
             done: CopyProgress::default(),
             stubs: 0,
@@ -143,6 +151,10 @@ type Standing = (i64, i64, bool);
 struct Copying<'a, P> {
     shard: &'a Shard,
     file: BackupFile,
+    /// Whether the copy was never whole.
+    is_first: bool,
+    /// Whether an entity was found to be erased whose next life may be behind the copy's end.
+    has_next_life: bool,
     /// In the open transaction.
     transaction_bytes: u64,
     done: CopyProgress,
@@ -156,15 +168,28 @@ struct Copying<'a, P> {
 
 impl<P: FnMut(CopyProgress) + Send> Copying<'_, P> {
     async fn run(&mut self) -> Result<ShardCopied, CopyError> {
-        let asked = self.shard.database().audit().await?;
+        let mut asked = self.shard.database().audit().await?;
         self.same_history(&asked).await?;
-        self.copy_rows(&asked).await?;
-        // Those that have no rows.
-        self.copy_entities(self.shard.last_eid().await?).await?;
-        let now = self.follow_erasures(&asked).await?;
+        let mut rounds = 0;
+        let now = loop {
+            self.has_next_life = false;
+            self.copy_rows(&asked).await?;
+            // Those that have no rows.
+            self.copy_entities(self.shard.last_eid().await?).await?;
+            let now = self.follow_erasures(&asked).await?;
+            if !self.has_next_life || now.stored.progress.next_position == self.file.next_position() {
+                break now;
+            }
+            rounds += 1;
+            if rounds == LIVES_ROUNDS_MAX {
+                return Err(CopyError::Unsettled { file: self.shard.file().to_owned() });
+            }
+            asked = now;
+        };
         self.take_tokens().await?;
-        if self.file.has_changed() || self.file.stored.commits != asked.stored.commits {
-            self.file.commit(asked.stored.commits).await?;
+        let commits = asked.stored.commits;
+        if self.file.has_changed() || !self.file.is_whole || self.file.stored.commits != commits {
+            self.file.commit(commits, true).await?;
         }
         let (bad_slots, changed_slots) = self.compare(&asked, &now);
         Ok(ShardCopied {
@@ -222,7 +247,7 @@ impl<P: FnMut(CopyProgress) + Send> Copying<'_, P> {
 
     async fn copy_rows(&mut self, asked: &Audit) -> Result<(), CopyError> {
         let end = asked.stored.progress.next_position;
-        self.done.commits_total = end - self.file.next_position();
+        self.done.commits_total = self.done.commits + (end - self.file.next_position());
         while self.file.next_position() < end {
             let page = self.shard.page(self.file.next_position() - 1, end, PAGE_ROWS).await?;
             if page.rows.is_empty() {
@@ -230,18 +255,20 @@ impl<P: FnMut(CopyProgress) + Send> Copying<'_, P> {
             }
             self.copy_page(page.rows).await?;
             self.transaction_bytes += page.extent.bytes;
-            if self.transaction_bytes >= TRANSACTION_BYTES {
-                self.end_transaction(asked.stored.commits).await?;
-            }
+            self.end_transaction(asked.stored.commits).await?;
             self.done.bytes += page.extent.bytes;
             (self.progress)(self.done);
         }
         Ok(())
     }
 
+    /// Ends a transaction that has become large, of a copy that is not whole anyway.
     async fn end_transaction(&mut self, commits: u64) -> Result<(), CopyError> {
-        self.transaction_bytes = 0;
-        self.file.commit(commits).await
+        if self.is_first && self.transaction_bytes >= TRANSACTION_BYTES {
+            self.transaction_bytes = 0;
+            self.file.commit(commits, false).await?;
+        }
+        Ok(())
     }
 
     async fn copy_page(&mut self, page: Vec<Result<SoundRow, BadRow>>) -> Result<(), CopyError> {
@@ -284,9 +311,7 @@ impl<P: FnMut(CopyProgress) + Send> Copying<'_, P> {
         self.file.begin().await?;
         self.copy_entities(last_eid).await?;
         for entity in &erased {
-            if self.marked.insert(entity.eid) {
-                self.mark_erased(entity).await?;
-            }
+            self.mark_erased(entity).await?;
         }
         let written = statements::insert_copied(&mut self.file.connection, &rows).await;
         written.map_err(|error| self.file_error(error))
@@ -304,7 +329,10 @@ impl<P: FnMut(CopyProgress) + Send> Copying<'_, P> {
             }
             let Some(last) = new.last() else { return Ok(()) };
             self.file.last_eid = last.eid;
-            self.marked.extend(new.iter().filter(|entity| entity.erased_at_us.is_some()).map(|entity| entity.eid));
+            for entity in new.iter().filter(|entity| entity.erased_at_us.is_some()) {
+                self.marked.insert(entity.eid);
+                self.look_for_next_life(entity).await?;
+            }
             let new: Vec<&EntityRow> = new.iter().collect();
             self.file.begin().await?;
             self.transaction_bytes += new.len() as u64 * ROW_BYTES;
@@ -314,8 +342,26 @@ impl<P: FnMut(CopyProgress) + Send> Copying<'_, P> {
         Ok(())
     }
 
+    async fn look_for_next_life(&mut self, entity: &EntityRow) -> Result<(), CopyError> {
+        if self.has_next_life {
+            return Ok(());
+        }
+        let next = sqlx::query("SELECT 1 FROM entity WHERE copy = ? AND id_hash = ? AND life > ?")
+            .bind(entity.copy.0.to_vec())
+            .bind(entity.id_hash.0.to_vec())
+            .bind(entity.life)
+            .fetch_optional(&self.shard.database().readers)
+            .await;
+        self.has_next_life = next.map_err(|error| self.read_error(error))?.is_some();
+        Ok(())
+    }
+
     /// What the copy says of an entity is what the store says now.
     async fn mark_erased(&mut self, entity: &EntityRow) -> Result<(), CopyError> {
+        if !self.marked.insert(entity.eid) {
+            return Ok(());
+        }
+        self.look_for_next_life(entity).await?;
         let erased = entity.erased(entity.erased_at_us.unwrap_or_default());
         let update = sqlx::query("UPDATE entity SET sealed_id = x'', erased_at = ?, checksum = ? WHERE eid = ?")
             .bind(erased.erased_at_us)
@@ -369,10 +415,13 @@ impl<P: FnMut(CopyProgress) + Send> Copying<'_, P> {
         self.file.begin().await?;
         self.mark_erased(&entity).await?;
         self.transaction_bytes += ROW_BYTES;
-        let (mut is_finished, mut after) = (true, 0);
+        // A life that was replaced has an end before its erasure begins, and may not be in the index by then. The tail is looked at first.
+        let in_tail = !self.shard.tail().read().after(eid, 0).is_empty();
+        let (mut is_finished, mut after) = (!in_tail, 0);
         loop {
             let page = self.standing(eid, after).await?;
             let Some((last, ..)) = page.last() else { break };
+            is_finished |= after == 0;
             after = *last;
             is_finished &= page.iter().all(|(.., is_stub)| *is_stub);
             self.stub_those(&entity, page.iter().map(|(_, position, _)| *position), commits).await?;
@@ -387,7 +436,7 @@ impl<P: FnMut(CopyProgress) + Send> Copying<'_, P> {
         Ok(())
     }
 
-    /// An erasure brings the index up to date before it changes anything: all commits of the entity are in it.
+    /// An erasure brings the index up to date before it makes the first stub: if there is one, all commits of the entity are here.
     async fn standing(&self, eid: i64, after: i64) -> Result<Vec<Standing>, CopyError> {
         let rows = sqlx::query(
             "SELECT log_index.version, log.position, length(log.body) = 0
@@ -462,10 +511,7 @@ impl<P: FnMut(CopyProgress) + Send> Copying<'_, P> {
         self.file.dirty.insert(index);
         erase::empty(&mut self.file.connection, &stubbed).await.map_err(|error| self.file_error(error))?;
         self.stubs += stubbed.len() as u64;
-        if self.transaction_bytes >= TRANSACTION_BYTES {
-            self.end_transaction(commits).await?;
-        }
-        Ok(())
+        self.end_transaction(commits).await
     }
 
     /// Who owns each slot, as the store has it.
@@ -518,9 +564,11 @@ pub(crate) fn contents(shard: u16, file: &BackupFile) -> ShardContents {
 mod tests {
     use std::{path::PathBuf, sync::Arc};
 
+    use sqlx::Connection;
+
     use super::*;
     use crate::{
-        Activation, Commit, CopyId, Destroyed, ShardBackup, ShardRead,
+        Activation, Commit, CopyId, Destroyed, ShardBackup, ShardRead, sqlite,
         test_shard::{SHARDS, TestShard, commit},
     };
 
@@ -550,8 +598,12 @@ mod tests {
             }
         }
 
+        async fn back_up_changing(&self) -> Result<ShardCopied, CopyError> {
+            self.shard.back_up(self.directory.path(), self.shard.options.disk_id, SHARDS, |_| ()).await
+        }
+
         async fn back_up(&self) -> Result<ShardCopied, CopyError> {
-            let copied = self.shard.back_up(self.directory.path(), self.shard.options.disk_id, SHARDS, |_| ()).await;
+            let copied = self.back_up_changing().await;
             if let Ok(copied) = &copied {
                 assert_eq!((&copied.bad_slots, &copied.changed_slots), (&vec![], &vec![]));
             }
@@ -678,6 +730,69 @@ mod tests {
         fixture.shard.stop().await;
         let file = std::fs::read(fixture.shard.options.directory.join(fixture.shard.file())).unwrap();
         assert!(!file.windows(3).any(|bytes| bytes == b"<1 ") && file.windows(3).any(|bytes| bytes == b"<2 "));
+    }
+
+    /// In the copy: of each entity the number of lives that are not erased, and the fewest events of one.
+    async fn lives(fixture: &Fixture) -> Vec<(i64, i64)> {
+        let mut connection = sqlite::connect_backup(&fixture.path(), false).await.unwrap();
+        let rows = sqlx::query(
+            "SELECT sum(erased_at IS NULL), min(CASE WHEN erased_at IS NULL THEN events ELSE 1000 END) FROM (
+                 SELECT id_hash, erased_at, (SELECT count(*) FROM log WHERE log.eid = entity.eid) AS events FROM entity
+             ) GROUP BY id_hash",
+        );
+        let rows = rows.fetch_all(&mut connection).await.unwrap();
+        connection.close().await.unwrap();
+        rows.iter().map(|row| (row.get(0), row.get(1))).collect()
+    }
+
+    /// The former life is erased in the store before the copy comes to the rows of the next one, which are at the end of the log.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn an_entity_whose_life_is_replaced_meanwhile_has_one_whole_life_in_the_copy() {
+        const ENTITIES: u8 = 40;
+        let shard = TestShard::new().await;
+        let entities: Vec<Arc<EntityRow>> = (0..ENTITIES).map(|name| shard.entity(name, u64::from(name) * 2)).collect();
+        for entity in &entities {
+            shard.append(entity, 1..=50).await;
+        }
+        let fixture = Fixture { shard, entities: Vec::new(), directory: tempfile::tempdir().unwrap() };
+        let stop = Arc::new(std::sync::atomic::AtomicBool::new(false));
+        let replacing = tokio::spawn({
+            let (shard, stop) = (Shard::clone(&fixture.shard), stop.clone());
+            async move {
+                let mut newest = entities;
+                for life in 2.. {
+                    for (name, former) in newest.iter_mut().enumerate() {
+                        if stop.load(std::sync::atomic::Ordering::Relaxed) {
+                            return life;
+                        }
+                        let key_id = std::array::from_fn(|index| [name as u8, life as u8, 7][index % 3]);
+                        let next = EntityRow { life, key_id, ..(**former).clone() };
+                        let commits = |row: &Arc<EntityRow>| (1..=50).map(|version| commit(row, version)).collect();
+                        shard.replace(former, 50, next, commits, 7).await.unwrap();
+                        shard.erase(&former.erased(7), 7).await.unwrap();
+                        *former = Arc::new(shard.find_entity(CopyId::GENESIS, former.id_hash).await.unwrap().unwrap());
+                    }
+                }
+                0
+            }
+        });
+        for _ in 0..6 {
+            match fixture.back_up_changing().await {
+                Ok(copied) => assert!(copied.bad_slots.is_empty(), "{copied:?}"),
+                Err(CopyError::Unsettled { .. }) => continue,
+                Err(error) => panic!("{error:?}"),
+            }
+            let lives = lives(&fixture).await;
+            assert!(lives.len() == usize::from(ENTITIES) && lives.iter().all(|lives| *lives == (1, 50)), "{lives:?}");
+            fixture.read().await.unwrap();
+        }
+        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        assert!(replacing.await.unwrap() > 2, "hardly anything was replaced");
+        let copied = fixture.back_up().await.unwrap();
+        let slots = fixture.shard.database().audit().await.unwrap().slots;
+        let held = slots.iter().filter(|(_, sum)| sum.len > 0).map(|(slot, sum)| (*slot, sum.len, sum.digest));
+        assert_eq!(copied.contents.slots, held.collect::<Vec<_>>());
+        fixture.shard.stop().await;
     }
 
     #[tokio::test]

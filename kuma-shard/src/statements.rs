@@ -17,6 +17,7 @@ use crate::{
     append_keys::KeyedRow,
     log_book::Place,
     progress::{self, Stored},
+    schema,
     tail::TailRow,
 };
 
@@ -125,6 +126,14 @@ pub(crate) async fn insert_and_commit(
 /// Commits, with the progress as of then.
 pub(crate) async fn commit(connection: &mut SqliteConnection, stored: &Stored) -> sqlx::Result<()> {
     progress::bind(sqlx::query(*END), stored).execute(connection).await.map(|_| ())
+}
+
+/// Makes durable that the log was cut: SQLite does not sync it then, so that its old length, and all that was in it, would come back with
+/// a power loss. It syncs the log with the next commit. This one changes nothing, and is a commit all the same: a row that is replaced by
+/// itself would be none.
+pub(crate) async fn sync_log(connection: &mut SqliteConnection) -> sqlx::Result<()> {
+    let same = format!("PRAGMA user_version = {}", schema::FORMAT);
+    sqlx::query(sqlx::AssertSqlSafe(same)).execute(connection).await.map(|_| ())
 }
 
 /// Inserts one commit.

@@ -71,6 +71,11 @@ impl TestShard {
         TestShard { shard, options, root, _directory: directory }
     }
 
+    /// What may supervise another file's writer.
+    pub(crate) fn root(&self) -> ractor::ActorCell {
+        self.root.get_cell()
+    }
+
     /// Closes the file, so that all commits are in the index, and opens it again.
     pub(crate) async fn reopen(&mut self) {
         self.shard.stop().await;
