@@ -126,6 +126,13 @@ impl Oracle {
         self.entities.get_mut(entity).unwrap().acked.push((append, last));
     }
 
+    /// What callers were told of all others.
+    pub fn without(&self, entities: &BTreeSet<String>) -> Oracle {
+        let mut others = self.clone();
+        others.entities.retain(|entity, _| !entities.contains(entity));
+        others
+    }
+
     /// How many appends were acknowledged.
     pub fn acks(&self) -> usize {
         self.entities.values().map(|told| told.acked.len()).sum()

@@ -247,3 +247,130 @@ async fn an_archive_holds_all_that_is_held_and_a_new_life_can_be_made_of_it() {
     assert_clean(&kuma).await;
     kuma.shutdown().await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whoever_asks_twice_gets_one_receipt() {
+    let dir = directory();
+    let kuma = start(dir.path()).await;
+    for number in 0..20 {
+        let ann = kuma.entity::<Account>(format!("ann-{number}"));
+        ann.append(deposited(1)).await.unwrap();
+        let asked = (0..8).map(|_| {
+            let ann = ann.clone();
+            tokio::spawn(async move { ann.erase(reason()).await.unwrap() })
+        });
+        let receipts = join_all(asked).await;
+        let first = receipts[0].as_ref().unwrap();
+        assert!(receipts.iter().all(|receipt| receipt.as_ref().unwrap() == first));
+    }
+    let log = kuma.audit_log().read().await.unwrap();
+    assert_eq!((log.requested, log.completed), (20, 20));
+    kuma.shutdown().await;
+}
+
+fn groups(kuma: &Kuma) -> u64 {
+    kuma.stats().shards.iter().map(|shard| shard.writer.unwrap().groups).sum()
+}
+
+/// The first append of an entity, and its erasure: one comes before the other.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_first_append_beside_an_erasure_is_there_or_erased() {
+    let dir = directory();
+    let kuma = start(dir.path()).await;
+    let (mut there, mut erased) = (0, 0);
+    for number in 0..200 {
+        let ann = kuma.entity::<Account>(format!("ann-{number}"));
+        let (one, other, before) = (ann.clone(), ann.clone(), groups(&kuma));
+        let append = tokio::spawn(async move { one.append(deposited(1)).await });
+        // Every other time it is on the disk already, and perhaps not answered yet.
+        while number % 2 == 1 && groups(&kuma) == before && !append.is_finished() {
+            tokio::task::yield_now().await;
+        }
+        let erase = tokio::spawn(async move { other.erase(reason()).await });
+        let (append, erase) = (append.await.unwrap(), erase.await.unwrap());
+        match (&append, &erase) {
+            (Ok(_), Err(EraseError::Refused(Refused::NeverWritten { .. }))) => {
+                there += 1;
+                assert_eq!(ann.read().await.unwrap().balance, 1);
+            }
+            (Ok(_), Ok(_)) => {
+                erased += 1;
+                assert!(matches!(ann.read().await.map(|_| ()), Err(ReadError::Refused(Refused::Erased { .. }))));
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+    println!("{there} there, {erased} erased");
+    assert!(there > 0 && erased > 0);
+    assert_clean(&kuma).await;
+    kuma.shutdown().await;
+}
+
+/// The store closes, or is dropped, while erasures are on their way: each is complete after the next start, or has not begun.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_store_that_closes_meanwhile_goes_on_at_its_next_start() {
+    let dir = directory();
+    let mut kuma = start(dir.path()).await;
+    for round in 0..12_u64 {
+        let ids: Vec<String> = (0..20).map(|number| format!("{round}-{number}")).collect();
+        for id in &ids {
+            kuma.entity::<Account>(id).append(deposited(1)).await.unwrap();
+        }
+        let asked: Vec<_> = ids
+            .iter()
+            .map(|id| {
+                let account = kuma.entity::<Account>(id);
+                tokio::spawn(async move { account.erase(reason()).await })
+            })
+            .collect();
+        for _ in 0..round * 40 {
+            tokio::task::yield_now().await;
+        }
+        if round % 2 == 0 {
+            kuma.shutdown().await;
+        }
+        drop(kuma);
+        let outcomes: Vec<_> = join_all(asked).await.into_iter().map(|outcome| outcome.unwrap()).collect();
+        let mut opened = None;
+        common::until("the directory is free", async || {
+            opened = Kuma::start(kuma_core::Options::new(dir.path()).shards(2)).await.ok();
+            opened.is_some()
+        })
+        .await;
+        kuma = opened.unwrap();
+        let mut begun = Vec::new();
+        for (id, outcome) in ids.iter().zip(&outcomes) {
+            match (outcome, kuma.entity::<Account>(id).read().await) {
+                (Ok(_) | Err(EraseError::Unfinished { .. } | EraseError::Unavailable(_)), Err(error)) => {
+                    assert!(matches!(error, ReadError::Refused(Refused::Erased { .. })), "{error:?}");
+                    begun.push(id);
+                }
+                (Err(EraseError::Unavailable(_)), Ok(account)) => assert_eq!(account.balance, 1),
+                (outcome, found) => panic!("{outcome:?}, {:?}", found.map(|account| account.balance)),
+            }
+        }
+        common::until("what has begun", async || kuma.erasures_unfinished() == 0).await;
+        for id in begun {
+            kuma.entity::<Account>(id).erase(reason()).await.unwrap().verify(&kuma.public_key()).unwrap();
+        }
+    }
+    assert_clean(&kuma).await;
+    kuma.shutdown().await;
+}
+
+/// An import is an append like any other.
+#[tokio::test]
+async fn an_import_into_an_erased_entity_is_refused() {
+    let dir = directory();
+    let kuma = start(dir.path()).await;
+    let ann = kuma.entity::<Account>("ann");
+    ann.append(deposited(1)).await.unwrap();
+    let mut file = Vec::new();
+    ann.raw().export(&mut file).await.unwrap();
+    ann.erase(reason()).await.unwrap();
+    let imported = kuma.import("a file").run(&file[..], |_| {}).await;
+    let refused = imported.unwrap_err();
+    assert!(format!("{refused:?}").contains("Erased"), "{refused:?}");
+    assert!(matches!(ann.read().await.map(|_| ()), Err(ReadError::Refused(Refused::Erased { .. }))));
+    kuma.shutdown().await;
+}

@@ -15,15 +15,15 @@ use std::{
         Arc,
         atomic::{AtomicI64, AtomicU64, Ordering::SeqCst},
     },
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use common::{assert_clean, crash_copy, directory};
 use futures_util::{StreamExt, TryStreamExt, future::BoxFuture, stream};
 use integration_tests::seed;
 use kuma_core::{
-    AppendError, Change, Command, Diff, Direction, Entity, ExecuteError, Handle, Kuma, Metadata, Options, Outcome,
-    Refused, Version,
+    AppendError, Change, Command, Diff, Direction, Entity, EraseError, ExecuteError, Handle, Kuma, Metadata, Options,
+    Outcome, ReadError, Reason, Receipt, Refused, Version,
 };
 use power_loss::{Disk, PowerLoss};
 use rand::{RngExt, SeedableRng, rngs::StdRng};
@@ -145,6 +145,7 @@ enum Ending {
     KeyReused {
         version: u64,
     },
+    Erased,
     /// Nothing was written.
     Unavailable(String),
     /// It may have been written.
@@ -158,6 +159,7 @@ impl From<AppendError> for Ending {
                 Ending::WrongVersion { expected: expected.0, actual: actual.0 }
             }
             AppendError::Refused(Refused::KeyReused { version, .. }) => Ending::KeyReused { version: version.0 },
+            AppendError::Refused(Refused::Erased { .. }) => Ending::Erased,
             AppendError::Refused(other) => panic!("{other:?}"),
             AppendError::Unavailable(error) => Ending::Unavailable(format!("{error:?}")),
             AppendError::Unknown { detail, .. } => Ending::Unknown(detail),
@@ -189,6 +191,10 @@ struct Model {
     keys: BTreeMap<Vec<u8>, Keyed>,
     /// Every key that was ever sent, with what.
     sent: Vec<(Vec<u8>, Content)>,
+    /// Lives before this one.
+    former: u32,
+    /// Since the last life ended, its receipt.
+    erased: Option<Receipt>,
 }
 
 impl Model {
@@ -210,8 +216,20 @@ impl Model {
         self.events[first as usize - 1..last as usize].iter().map(|recorded| recorded.event.clone()).collect()
     }
 
+    /// Whether there is something that can be erased.
+    fn is_written(&self) -> bool {
+        self.former > 0 || self.version() > 0
+    }
+
+    fn erase(&mut self, receipt: Receipt) {
+        (self.events, self.keys, self.erased) = (Vec::new(), BTreeMap::new(), Some(receipt));
+    }
+
     /// Decides a write, and does what it says. `clock` is what the clock says.
     fn step(&mut self, write: &Write, clock: i64) -> Ending {
+        if self.erased.is_some() {
+            return Ending::Erased;
+        }
         let is_command = matches!(write.content, Content::Take(_));
         if let Some(keyed) = write.key.as_ref().and_then(|key| self.keys.get(key)) {
             let Keyed { content, first, last } = keyed.clone();
@@ -497,6 +515,13 @@ impl World {
     /// After a power cut: what is there is a beginning of what was decided and holds what was told. Then each write with a key is
     /// sent again, and happens once.
     async fn settle(&mut self, entity: usize, before: Model, ended: Vec<(Write, Ending, Ending)>, clock: i64) {
+        if self.models[entity].erased.is_some() {
+            assert!(
+                ended.iter().all(|(.., ending)| matches!(ending, Ending::Erased | Ending::Unavailable(_))),
+                "{ended:?}"
+            );
+            return self.assert_erased(entity).await;
+        }
         let history = self.history(entity).await;
         let sent = std::mem::take(&mut self.models[entity].sent);
         let (mut model, mut there, mut missing) = (before, Vec::new(), false);
@@ -508,7 +533,11 @@ impl World {
             match ending {
                 // Whoever was told anything about the state was told of one that is on the disk: the one that was in flight, or,
                 // where that failed, the one before.
-                Ending::Done { .. } | Ending::Rejected(_) | Ending::WrongVersion { .. } | Ending::KeyReused { .. } => {
+                Ending::Done { .. }
+                | Ending::Rejected(_)
+                | Ending::WrongVersion { .. }
+                | Ending::KeyReused { .. }
+                | Ending::Erased => {
                     assert!(!(missing && is_commit), "{entity}: told of {ending:?} for {write:?}, which is not there");
                     assert_eq!(*ending, decided, "{entity}: {write:?}");
                 }
@@ -528,6 +557,91 @@ impl World {
         self.note(format!("{entity}: after the cut {there:?} are there"));
         for (write, ..) in ended.iter().filter(|(write, ..)| write.key.is_some()) {
             self.write(entity, &Write { expected: None, ..write.clone() }).await;
+        }
+    }
+
+    async fn assert_erased(&self, entity: usize) {
+        let handle = self.handle(entity);
+        let erased =
+            |error: ReadError| assert!(matches!(error, ReadError::Refused(Refused::Erased { .. })), "{error:?}");
+        erased(handle.read().await.map(|_| ()).unwrap_err());
+        erased(handle.raw().events(.., 1).await.map(|_| ()).unwrap_err());
+        erased(handle.at_version(Version(0)).await.map(|_| ()).unwrap_err());
+        erased(handle.outcome("key 1").await.map(|_| ()).unwrap_err());
+        erased(handle.diff(Version(0), Version(0)).await.map(|_| ()).unwrap_err());
+    }
+
+    /// Erases the entity, with writes on their way, or the power going.
+    async fn erase(&mut self, entity: usize) {
+        let (handle, model) = (self.handle(entity), self.models[entity].clone());
+        let cut = self.random.random_bool(0.2).then(|| (self.random.random_range(1..60), self.random.random()));
+        self.note(format!("{entity}: erase, cut after {cut:?}"));
+        let mut pending = Vec::new();
+        if cut.is_none() && model.is_written() && model.erased.is_none() {
+            let mut after = model.clone();
+            for _ in 0..self.random.random_range(0..4) {
+                let write = self.random_write(entity, after.version());
+                let expected = after.step(&write, self.clock());
+                self.note(format!("{entity}: in flight: {write:?} -> {expected:?}"));
+                pending.push((expected, self.submit(entity, &write).await));
+            }
+        }
+        if let Some((after, seed)) = cut {
+            self.power.cut_after(after, seed);
+        }
+        let outcome = handle.erase(Reason::new("the model")).await;
+        for (expected, pending) in pending {
+            let ending = pending.await;
+            assert!(ending == expected || ending == Ending::Erased, "{ending:?} where {expected:?} was expected");
+        }
+        if let Some((_, seed)) = cut {
+            self.power.cut(seed);
+            self.kuma.shutdown().await;
+            self.power = PowerLoss::register(Disk::Honest);
+            self.kuma = open(&self.data, self.shards, &self.power, &self.clock).await;
+            if outcome.is_err()
+                && !matches!(self.handle(entity).read().await, Err(ReadError::Refused(Refused::Erased { .. })))
+            {
+                assert!(
+                    !matches!(&outcome, Err(EraseError::Unfinished { detail, .. }) if !detail.contains("not known")),
+                    "{outcome:?}"
+                );
+                return self.note("it had not begun");
+            }
+            // Whatever had begun completes by itself.
+            let deadline = Instant::now() + Duration::from_secs(20);
+            while self.kuma.erasures_unfinished() > 0 {
+                assert!(Instant::now() < deadline, "waited in vain for the erasure");
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        }
+        let again = self.handle(entity).erase(Reason::new("again")).await;
+        let model = &mut self.models[entity];
+        match (outcome, again) {
+            (Err(EraseError::Refused(Refused::NeverWritten { .. })), _) => assert!(!model.is_written()),
+            (Ok(receipt), Ok(again)) => {
+                assert_eq!(receipt, again);
+                assert_eq!(receipt.receipt.life, Some(model.former + 1));
+                assert!(model.erased.as_ref().is_none_or(|before| *before == receipt), "{receipt:?}");
+                model.erase(receipt);
+            }
+            (Err(_), Ok(receipt)) if cut.is_some() => model.erase(receipt),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    async fn recreate(&mut self, entity: usize) {
+        self.note(format!("{entity}: recreate"));
+        let outcome = self.handle(entity).recreate(Reason::new("the model")).await;
+        let model = &mut self.models[entity];
+        match outcome {
+            Ok(life) => {
+                assert!(model.erased.take().is_some());
+                model.former += 1;
+                assert_eq!(life, model.former + 1);
+            }
+            Err(EraseError::Refused(Refused::NotErased { .. })) => assert!(model.erased.is_none()),
+            Err(error) => panic!("{error:?}"),
         }
     }
 
@@ -560,6 +674,9 @@ impl World {
 
     async fn step(&mut self) {
         let entity = self.random.random_range(0..ENTITIES);
+        if self.models[entity].erased.is_some() && self.random.random_bool(0.2) {
+            self.recreate(entity).await;
+        }
         match self.random.random_range(0..100) {
             0..45 => {
                 let version = self.models[entity].version();
@@ -584,13 +701,18 @@ impl World {
                 self.note("crash");
                 self.crash().await;
             }
-            84..94 => {
+            84..87 => self.erase(entity).await,
+            87..89 => self.recreate(entity).await,
+            89..94 => {
                 let by = [-30_000_000_000, -1, 0, 1, 5, 1_000_000, 86_400_000_000][self.random.random_range(0..7)];
                 self.note(format!("the clock moves by {by}"));
                 self.clock.fetch_add(by, SeqCst);
             }
             94..96 => assert_clean(&self.kuma).await,
             _ => self.check(entity).await,
+        }
+        if self.models[entity].erased.is_some() {
+            return self.assert_erased(entity).await;
         }
         let (model, purse) = (&self.models[entity], self.handle(entity).read().await.unwrap());
         assert_eq!((purse.version().0, &*purse), (model.version(), &model.now()), "{entity}: the state");
@@ -600,6 +722,11 @@ impl World {
     async fn check(&mut self, entity: usize) {
         self.note(format!("check {entity}"));
         let (handle, model) = (self.handle(entity), self.models[entity].clone());
+        if let Some(receipt) = &model.erased {
+            assert_eq!(self.kuma.receipt(receipt.receipt.id).await.unwrap().as_ref(), Some(receipt));
+            receipt.verify(&self.kuma.public_key()).unwrap();
+            return self.assert_erased(entity).await;
+        }
         let newest = model.version();
         assert_eq!(self.history(entity).await, model.events);
         assert!(model.events.is_sorted_by_key(|recorded| recorded.at_us));

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use kuma_shard::EntityHash;
 use serde::{Deserialize, Serialize};
 
-use crate::{Entity, Handle, Kuma, Reason, ReceiptId, Version, store::Inner};
+use crate::{Append, AppendError, Entity, Handle, Kuma, Reason, ReceiptId, Unavailable, Version, store::Inner};
 
 /// The id of the one entity of this kind.
 const ID: &str = "erasures";
@@ -114,6 +114,18 @@ impl AuditEvent {
 /// Whether only the store writes to entities of this kind.
 pub(crate) fn is_reserved(kind: &str) -> bool {
     kind.starts_with(RESERVED)
+}
+
+/// Sends an append to the audit log until there is room for it: what is noted there is not given up because the log, or its shard, is busy.
+pub(crate) async fn patiently<'a>(append: impl Fn() -> Append<'a>) -> Result<Version, AppendError> {
+    loop {
+        match append().await {
+            Err(AppendError::Unavailable(Unavailable::Overloaded { retry_after, .. })) => {
+                tokio::time::sleep(retry_after).await;
+            }
+            other => return other,
+        }
+    }
 }
 
 impl Inner {

@@ -10,7 +10,7 @@ use tokio::sync::oneshot;
 use crate::{
     AppendError, Entity, EraseError, Handle, Kuma, RawHandle, ReadError, Reason, Receipt, ReceiptId, Refused,
     Unavailable, VaultError,
-    audit::AuditEvent,
+    audit::{AuditEvent, patiently},
     erasure::{EraserMessage, Request},
 };
 
@@ -125,7 +125,8 @@ impl RawHandle {
             Err(error) => return Err(not_recreated(AppendError::from_commit(entity, error, true))),
         }
         let event = AuditEvent::recreated(entity, life, &reason);
-        self.store().own_audit_log().append(event).await.map_err(not_recreated)?;
+        let audit = self.store().own_audit_log();
+        patiently(|| audit.append(event.clone())).await.map_err(not_recreated)?;
         Ok(life)
     }
 }

@@ -27,7 +27,7 @@ use tokio::sync::oneshot;
 
 use crate::{
     EraseError, ReadError, Reason, Receipt, ReceiptId, Refused, Unavailable,
-    audit::AuditEvent,
+    audit::{AuditEvent, patiently},
     ndjson::time_text,
     receipt::{LastBackups, Statement, StoreOutcome},
     restore_to::{self, Replaced, RestoreRequest, Restored},
@@ -37,8 +37,11 @@ use crate::{
 
 /// Erasures in a batch.
 const BATCH_MAX: usize = 256;
-/// How long until an erasure that failed is tried again.
-const RETRY_EVERY: Duration = Duration::from_secs(1);
+/// How long an entity has to come to an end with what it was asked. One that takes longer (its code hangs) keeps no other waiting.
+const DRAIN_MAX: Duration = Duration::from_secs(5);
+/// How long until an erasure that failed is tried again; each time twice as long, up to a minute: a shard that is out of use stays so.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
+const RETRIES_DOUBLED: u32 = 6;
 
 /// What the eraser can be asked.
 pub(crate) enum EraserMessage {
@@ -77,12 +80,23 @@ pub(crate) struct EraserState {
     /// Whether there is, or may be, something unfinished.
     owing: bool,
     resume_queued: bool,
+    /// How often in a row something was left unfinished.
+    retries: u32,
 }
 
 impl EraserState {
     /// Of a store that was opened with unfinished erasures, or without.
     pub(crate) fn new(store: Weak<Inner>, node: NodeStore, erasing: Erasing, owing: bool) -> Self {
-        EraserState { store, node, erasing, pending: Vec::new(), flush_queued: false, owing, resume_queued: owing }
+        EraserState {
+            store,
+            node,
+            erasing,
+            pending: Vec::new(),
+            flush_queued: false,
+            owing,
+            resume_queued: owing,
+            retries: 0,
+        }
     }
 }
 
@@ -130,7 +144,7 @@ impl Actor for Eraser {
         }
         if state.owing && !state.resume_queued {
             state.resume_queued = true;
-            me.send_after(RETRY_EVERY, || EraserMessage::Resume);
+            me.send_after(RETRY_AFTER * (1 << state.retries.min(RETRIES_DOUBLED)), || EraserMessage::Resume);
         }
         Ok(())
     }
@@ -170,8 +184,22 @@ impl Job {
         self.obstacle.get_or_insert_with(|| why.to_string());
     }
 
+    /// Takes the entity out of memory.
+    async fn drain(&mut self) {
+        let Some(core) = self.core.clone() else { return };
+        let drained = tokio::time::timeout(DRAIN_MAX, store::passivate(&core, self.entity())).await;
+        if drained.is_err() {
+            self.block(&"the entity is still busy with what it was asked before");
+        }
+        // It may be quarantined. Whatever was wrong with it, it is erased now.
+        core.forgive(self.entity());
+    }
+
     /// Makes stubs of the entity's rows.
     async fn erase_rows(&mut self) {
+        if self.obstacle.is_some() {
+            return;
+        }
         let Some(core) = self.core.clone() else { return self.block(&"its shard is out of use") };
         match erase_rows(&core, &self.tombstone, self.reason.is_none()).await {
             Ok((rows, row)) => (self.rows, self.row) = (rows, row),
@@ -210,15 +238,17 @@ impl EraserState {
         }
         match self.begin(&inner, &jobs).await {
             Ok(()) => self.carry_out(&inner, jobs).await,
-            Err(error) => {
-                // Whether there is a tombstone is not always known.
-                self.owing = true;
+            Err(NotBegun { detail, is_known }) => {
+                self.owing |= !is_known;
                 for job in &mut jobs {
-                    let entity = job.entity();
-                    for reply in job.waiting.drain(..) {
-                        let detail = error.clone();
-                        drop(reply.send(Err(Unavailable::NotErased { entity, detail }.into())));
-                    }
+                    let (entity, receipt_id, detail) = (job.entity(), job.receipt_id(), detail.clone());
+                    let error = || match is_known && job.reason.is_some() {
+                        true => Unavailable::NotErased { entity, detail: detail.clone() }.into(),
+                        // It was begun before, or may have been now.
+                        false => EraseError::Unfinished { entity, receipt_id, detail: detail.clone() },
+                    };
+                    // A caller that is gone does not want to know.
+                    job.waiting.drain(..).for_each(|reply| drop(reply.send(Err(error()))));
                 }
             }
         }
@@ -282,18 +312,23 @@ impl EraserState {
         Ok(Found::ToDo(Box::new(Job::new(tombstone, Some(core.clone()), Some(reason)))))
     }
 
-    /// Makes the intent durable: from then on there is no way back. An error says that there may be none.
-    async fn begin(&self, inner: &Arc<Inner>, jobs: &[Job]) -> Result<(), String> {
-        let audit = inner.own_audit_log();
+    /// Makes the intent durable: from then on there is no way back.
+    async fn begin(&self, inner: &Arc<Inner>, jobs: &[Job]) -> Result<(), NotBegun> {
+        let audit = &inner.own_audit_log();
         let new = || jobs.iter().filter_map(|job| Some((job, job.reason.as_deref()?)));
         let requested = new().map(|(job, reason)| AuditEvent::requested(job.receipt_id(), job.entity(), reason));
-        try_join_all(requested.map(|event| async { audit.append(event).await }))
+        try_join_all(requested.map(|event| patiently(move || audit.append(event.clone()))))
             .await
-            .map_err(|error| error.to_string())?;
+            .map_err(|error| NotBegun { detail: error.to_string(), is_known: true })?;
         fail_point!("erase.requested");
         let tombstones: Vec<Tombstone> = new().map(|(job, _)| job.tombstone).collect();
         if !tombstones.is_empty() {
-            self.node.entomb(tombstones).await.map_err(|error| error.to_string())?;
+            self.node.entomb(tombstones).await.map_err(|error| match error {
+                CommitError::NotWritten(why) => NotBegun { detail: why.to_string(), is_known: true },
+                error => {
+                    NotBegun { detail: format!("whether it has begun is not known yet: {error}"), is_known: false }
+                }
+            })?;
         }
         new().for_each(|(job, _)| self.erasing.add(job.tombstone.key_id, Fate::Erased));
         Ok(())
@@ -342,20 +377,32 @@ impl EraserState {
             jobs.iter().for_each(|job| self.erasing.add(job.tombstone.key_id, Fate::Erased));
             self.carry_out(&inner, jobs).await;
         }
+        self.retries = if self.owing { self.retries + 1 } else { 0 };
     }
 
     /// Everything from the tombstone to the receipt.
     async fn carry_out(&mut self, inner: &Arc<Inner>, mut jobs: Vec<Job>) {
         let began = Instant::now();
         fail_point!("erase.entombed");
-        let drained = jobs.iter().filter_map(|job| Some((job.core.clone()?, job.entity())));
-        join_all(drained.map(|(core, entity)| async move { store::passivate(&core, entity).await })).await;
+        join_all(jobs.iter_mut().map(Job::drain)).await;
         fail_point!("erase.drained");
+        let (jobs_busy, mut jobs): (Vec<Job>, Vec<Job>) = jobs.into_iter().partition(|job| job.obstacle.is_some());
+        self.end(inner, jobs_busy, began);
+        if jobs.is_empty() {
+            return;
+        }
         if let Err(error) = destroy_keys(inner, &jobs).await {
             jobs.iter_mut().for_each(|job| job.block(&error));
             return self.end(inner, jobs, began);
         }
         join_all(jobs.iter_mut().map(Job::erase_rows)).await;
+        if jobs.len() > 1 {
+            // Steps that gather in one group fail together, also for damage that only one of them met. Each alone, then.
+            for job in jobs.iter_mut().filter(|job| job.core.is_some() && job.obstacle.is_some()) {
+                job.obstacle = None;
+                job.erase_rows().await;
+            }
+        }
         fail_point!("erase.rows_erased");
         cut_logs(&mut jobs).await;
         fail_point!("erase.logs_cut");
@@ -390,8 +437,8 @@ impl EraserState {
             let audit = &audit;
             // Once, although it may be begun again from here.
             async move {
-                let event = AuditEvent::ErasureCompleted { receipt };
-                audit.append(event).idempotency_key(format!("completed/{receipt}")).await
+                let append = || audit.append(AuditEvent::ErasureCompleted { receipt });
+                patiently(|| append().idempotency_key(format!("completed/{receipt}"))).await
             }
         });
         try_join_all(completed).await.map_err(|error| words(&error))?;
@@ -443,6 +490,12 @@ impl EraserState {
         }
         metrics.erasures_unfinished.set(self.erasing.len() as f64);
     }
+}
+
+/// Why nothing was begun, or may not have been.
+struct NotBegun {
+    detail: String,
+    is_known: bool,
 }
 
 enum Found {

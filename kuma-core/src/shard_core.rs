@@ -167,6 +167,11 @@ impl ShardCore {
         failures.entry(entity).or_default().record(&self.settings.restart, Instant::now(), why, hopeless);
     }
 
+    /// Forgets how often an entity failed.
+    pub(crate) fn forgive(&self, entity: EntityHash) {
+        self.failures.lock().remove(&entity);
+    }
+
     pub(crate) fn check_quarantine(&self, entity: EntityHash) -> Result<(), Unavailable> {
         let failures = self.failures.lock();
         match failures.get(&entity).and_then(|failures| failures.quarantined(Instant::now())) {

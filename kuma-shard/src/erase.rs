@@ -303,7 +303,7 @@ mod tests {
         let [erased, neighbour] = two(&mut shard).await;
         let (before, kept) = (slot(&shard, 0).await, slot(&shard, 2).await);
         let neighbours = shard.read_log(&neighbour, 0, 999).await.unwrap();
-        assert_eq!(found(&shard, &erased).is_empty(), false);
+        assert!(!found(&shard, &erased).is_empty());
 
         let rows = shard.erase(&erased, 77).await.unwrap();
         assert_eq!((rows.commits, rows.events, rows.append_keys, rows.snapshots, rows.damaged), (60, 60, 60, 1, 0));

@@ -41,6 +41,7 @@ use crate::{
     checkpointer::{self, Underway, Wake},
     progress::{self, Stored},
     sqlite::{self, CheckpointMode, PAGE_BYTES, Trouble},
+    statements,
     watermark::{Mark, WATERMARK_DELAY, WatermarkFile},
 };
 
@@ -460,15 +461,23 @@ impl<B: Book> WriterState<B> {
             let detail = self.closed.clone().unwrap_or_default();
             return Err(NotWritten::Closed { file: self.file.to_string(), detail }.into());
         };
+        let not_cut = |file: &str, error| NotWritten::Io { file: file.to_owned(), detail: sqlite::detail(error) };
         match sqlite::truncate_at_once(connection).await {
             Ok(done) => {
                 self.stats.set_wal_pages(done.log_pages);
-                Ok(!done.busy)
+                if done.busy {
+                    return Ok(false);
+                }
             }
             // Safe to try again: the log keeps all until it is cut.
+            Err(error) => return Err(not_cut(&self.file, &error).into()),
+        }
+        match statements::sync_log(connection).await {
+            Ok(()) => Ok(true),
             Err(error) => {
-                let detail = sqlite::detail(&error);
-                Err(NotWritten::Io { file: self.file.to_string(), detail }.into())
+                let why = not_cut(&self.file, &error);
+                self.recover(error, false).await;
+                Err(why.into())
             }
         }
     }
