@@ -29,7 +29,7 @@ pub struct AuditLog {
 /// What the audit log tells. The times are those of its commits.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum AuditEvent {
-    /// An erasure was asked for, and began right after.
+    /// An erasure was asked for, and began right after unless something came between. Then it was refused, or nobody was answered.
     ErasureRequested {
         /// The name of the erasure.
         receipt: ReceiptId,
@@ -61,7 +61,7 @@ pub enum AuditEvent {
         /// On whose behalf, in the caller's words.
         by: Option<String>,
     },
-    /// An erased entity was given a new life.
+    /// An erased entity was about to be given a new life.
     Recreated {
         /// The keyed hash of the entity, in hex.
         entity: String,

@@ -31,6 +31,12 @@ pub(crate) struct Limits {
     pub(crate) append_events_max: usize,
 }
 
+impl Limits {
+    /// Unless an option lowers them.
+    pub(crate) const DEFAULT: Limits =
+        Limits { event_bytes_max: 1 << 20, append_bytes_max: 4 << 20, append_events_max: 4096 };
+}
+
 /// Collects events into an [`EncodedEvents`].
 pub(crate) struct EventEncoder {
     limits: Limits,

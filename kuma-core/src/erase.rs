@@ -102,9 +102,12 @@ impl RawHandle {
         if core.is_erasing(&former) {
             return Err(Refused::Erased { entity }.into());
         }
+        let life = former.life + 1;
+        let event = AuditEvent::recreated(entity, life, &reason);
+        let audit = self.store().own_audit_log();
+        patiently(|| audit.append(event.clone())).await.map_err(not_recreated)?;
         let no_key = |cause: VaultError| EraseError::from(Unavailable::NoKey { entity, cause });
         let (key_id, key) = core.vault.create(entity).await.map_err(no_key)?;
-        let life = former.life + 1;
         let row = EntityRow {
             eid: 0,
             life,
@@ -124,9 +127,6 @@ impl RawHandle {
             }
             Err(error) => return Err(not_recreated(AppendError::from_commit(entity, error, true))),
         }
-        let event = AuditEvent::recreated(entity, life, &reason);
-        let audit = self.store().own_audit_log();
-        patiently(|| audit.append(event.clone())).await.map_err(not_recreated)?;
         Ok(life)
     }
 }

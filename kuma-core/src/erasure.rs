@@ -187,9 +187,8 @@ impl Job {
     /// Takes the entity out of memory.
     async fn drain(&mut self) {
         let Some(core) = self.core.clone() else { return };
-        let drained = tokio::time::timeout(DRAIN_MAX, store::passivate(&core, self.entity())).await;
-        if drained.is_err() {
-            self.block(&"the entity is still busy with what it was asked before");
+        if let Err(why) = drain(&core, self.entity()).await {
+            self.block(&why);
         }
         // It may be quarantined. Whatever was wrong with it, it is erased now.
         core.forgive(self.entity());
@@ -224,6 +223,12 @@ async fn erase_rows(
         (rows.commits, rows.events) = core.shard.stubs(&row).await.map_err(|error| words(&error))?;
     }
     Ok((rows, Some(row)))
+}
+
+/// Takes an entity out of memory, unless it does not come to an end with what it was asked.
+pub(crate) async fn drain(core: &ShardCore, entity: EntityHash) -> Result<(), &'static str> {
+    let drained = tokio::time::timeout(DRAIN_MAX, store::passivate(core, entity)).await;
+    drained.map_err(|_| "the entity is still busy with what it was asked before")
 }
 
 impl EraserState {
@@ -412,8 +417,21 @@ impl EraserState {
         self.end(inner, jobs, began);
     }
 
+    /// Looks for receipts from a former life of this store: those stay.
+    async fn look_for_receipts(&self, jobs: &mut [Job]) {
+        for job in jobs.iter_mut().filter(|job| job.reason.is_none() && job.obstacle.is_none()) {
+            match self.node.receipt(job.tombstone.receipt_id).await.map(|body| body.map(|body| body.parse())) {
+                Ok(None) => {}
+                Ok(Some(Ok(receipt))) => job.receipt = Some(receipt),
+                Ok(Some(Err(error))) => job.block(&error),
+                Err(error) => job.block(&error),
+            }
+        }
+    }
+
     /// Signs and stores the receipts of what is complete.
     async fn attest(&self, inner: &Arc<Inner>, jobs: &mut [Job]) -> Result<(), String> {
+        self.look_for_receipts(jobs).await;
         let complete: Vec<&Job> = jobs.iter().filter(|job| job.obstacle.is_none()).collect();
         let words = |error: &dyn std::fmt::Display| error.to_string();
         let backup = async |what| self.node.last_backup(what).await.map_err(|error| words(&error));
@@ -421,13 +439,8 @@ impl EraserState {
             LastBackups { events: backup("events").await?.map(time_of), keys: backup("keys").await?.map(time_of) };
         let mut receipts = Vec::with_capacity(complete.len());
         for job in &complete {
-            // One from a former life of this store stays.
-            let stored = match job.reason {
-                Some(_) => None,
-                None => self.node.receipt(job.tombstone.receipt_id).await.map_err(|error| words(&error))?,
-            };
-            receipts.push(match stored {
-                Some(body) => body.parse::<Receipt>().map_err(|error| words(&error))?,
+            receipts.push(match &job.receipt {
+                Some(receipt) => receipt.clone(),
                 None => Receipt::sign(state(inner, job, backups.clone()), inner.vault().node_key())
                     .map_err(|error| words(&error))?,
             });
@@ -463,11 +476,9 @@ impl EraserState {
         let metrics = inner.metrics();
         for job in jobs {
             let (entity, receipt_id) = (job.entity(), job.receipt_id());
-            let outcome = match job.receipt {
+            let outcome = match job.receipt.filter(|_| job.obstacle.is_none()) {
                 Some(receipt) => {
                     self.erasing.remove(job.tombstone.key_id);
-                    // What was wrong with it is no longer.
-                    job.core.iter().for_each(|core| core.forget_failures(entity));
                     metrics.erasures_completed.increment(1);
                     metrics.erase_seconds.record(began.elapsed());
                     tracing::info!(%entity, %receipt_id, commits = job.rows.commits, "an entity was erased");

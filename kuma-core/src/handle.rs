@@ -192,7 +192,7 @@ impl<E: Entity> Handle<E> {
     /// Not cancel safe: if the future is dropped the outcome is unknown.
     pub fn append_all(&self, events: impl IntoIterator<Item = E::Event>) -> Append<'_> {
         let events = events.into_iter();
-        let mut encoder = EventEncoder::expecting(self.raw.store.limits, events.size_hint().0);
+        let mut encoder = EventEncoder::expecting(self.raw.limits(), events.size_hint().0);
         let decoded = events.map(|event| encoder.typed::<E>(&event)).collect::<Result<Vec<E::Event>, _>>();
         Append::new(&self.raw, decoded.and_then(|decoded| Ok((encoder.finish()?, Box::new(decoded) as Decoded))))
     }
@@ -447,7 +447,7 @@ impl RawHandle {
 
     fn prepare(&self, events: impl IntoIterator<Item = NewEvent>) -> Result<(EncodedEvents, Decoded), Refused> {
         let kind = &self.who()?.kind;
-        let mut encoder = EventEncoder::new(self.store.limits);
+        let mut encoder = EventEncoder::new(self.limits());
         events.into_iter().try_for_each(|event| encoder.raw(&event))?;
         let encoded = encoder.finish()?;
         let body = encoded.body(None).map_err(|error| undecodable(kind.name(), error.to_string()))?;
@@ -471,7 +471,8 @@ impl RawHandle {
     }
 
     pub(crate) fn limits(&self) -> Limits {
-        self.store.limits
+        // What the store itself has to say is small, and must not be refused.
+        if self.is_privileged { Limits::DEFAULT } else { self.store.limits }
     }
 
     /// Hands a write to the entity's actor. Where the answer will come from, and for which entity.

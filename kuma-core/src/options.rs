@@ -81,7 +81,7 @@ impl Options {
             restoring: false,
             idle_timeout: Duration::from_secs(300),
             memory_budget: 1 << 30,
-            limits: Limits { event_bytes_max: 1 << 20, append_bytes_max: 4 << 20, append_events_max: 4096 },
+            limits: Limits::DEFAULT,
             entity_appends_max: 1024,
             shard_bytes_max: 64 << 20,
             restart: RestartPolicy {

@@ -19,11 +19,11 @@ use tokio::sync::oneshot;
 use crate::{
     Entity, EraseError, Handle, RawHandle, ReadError, Reason, Receipt, ReceiptId, Refused, Unavailable, Version,
     audit::AuditEvent,
-    erasure::EraserMessage,
+    erasure::{EraserMessage, drain},
     handle::Who,
     replay::Opener,
     shard_core::{Erasing, Fate, ShardCore},
-    store::{self, Inner},
+    store::Inner,
 };
 
 /// Sealed bytes that are written in one transaction.
@@ -111,7 +111,10 @@ pub(crate) async fn replace(
     let key_id = row.key_id;
     // Nobody uses it from here on, until it is settled which life there is.
     erasing.add(key_id, Fate::Replaced);
-    store::passivate(core, entity).await;
+    if let Err(detail) = drain(core, entity).await {
+        erasing.remove(key_id);
+        return Err(Unavailable::NotErased { entity, detail: detail.to_owned() }.into());
+    }
     let replaced = replace_drained(inner, node, core, who, row, *version, reason).await;
     match &replaced {
         Ok(replaced) => erasing.add(replaced.tombstone.key_id, Fate::Erased),

@@ -71,6 +71,8 @@ pub(crate) struct ScrubState {
     /// What is left of this pass, the next part last.
     parts: Vec<Part>,
     openers: HashMap<(u16, i64), Opener>,
+    /// As of which they are kept.
+    generation: u64,
     pass_began: Instant,
 }
 
@@ -104,7 +106,14 @@ impl Actor for Scrub {
     ) -> Result<ScrubState, ActorProcessingErr> {
         me.cast(NextPage)?;
         let openers = HashMap::new();
-        Ok(ScrubState { shards, bytes_per_second, parts: Vec::new(), openers, pass_began: Instant::now() })
+        Ok(ScrubState {
+            shards,
+            bytes_per_second,
+            parts: Vec::new(),
+            openers,
+            generation: 0,
+            pass_began: Instant::now(),
+        })
     }
 
     async fn handle(
@@ -182,8 +191,12 @@ impl ScrubState {
 
     /// What is wrong with a row that matches its checksum, if anything.
     async fn check(&mut self, core: &ShardCore, entity: &EntityRow, row: &LogRow) -> Result<(), String> {
+        // A key that is destroyed is to be in no memory either.
+        let generation = core.generation();
+        if std::mem::replace(&mut self.generation, generation) != generation {
+            self.openers.clear();
+        }
         if core.is_ending(entity) || entity.erased_at_us.is_some() {
-            self.openers.remove(&(core.shard.number(), entity.eid));
             return if core.is_ending(entity) { Ok(()) } else { verify::check_stub(core, entity, row).await };
         }
         if row.is_stub() {

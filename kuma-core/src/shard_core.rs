@@ -2,7 +2,10 @@
 
 use std::{
     collections::HashMap,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
     time::{Duration, Instant},
 };
 
@@ -58,7 +61,14 @@ pub(crate) struct StoreParts {
 /// The lives whose erasure is not finished, by the names of their keys: a later life of the same entity is not one of them. Their events may
 /// still be there, and are nobody's any more.
 #[derive(Clone, Default)]
-pub(crate) struct Erasing(Arc<Mutex<HashMap<[u8; 16], Fate>>>);
+pub(crate) struct Erasing(Arc<Lives>);
+
+#[derive(Default)]
+struct Lives {
+    ending: Mutex<HashMap<[u8; 16], Fate>>,
+    /// How many there have been.
+    ended: AtomicU64,
+}
 
 /// What becomes of a life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,19 +81,25 @@ pub(crate) enum Fate {
 
 impl Erasing {
     pub(crate) fn add(&self, key_id: [u8; 16], fate: Fate) {
-        self.0.lock().insert(key_id, fate);
+        self.0.ending.lock().insert(key_id, fate);
+        self.0.ended.fetch_add(1, Relaxed);
     }
 
     pub(crate) fn remove(&self, key_id: [u8; 16]) {
-        self.0.lock().remove(&key_id);
+        self.0.ending.lock().remove(&key_id);
     }
 
     pub(crate) fn fate(&self, key_id: [u8; 16]) -> Option<Fate> {
-        self.0.lock().get(&key_id).copied()
+        self.0.ending.lock().get(&key_id).copied()
     }
 
     pub(crate) fn len(&self) -> usize {
-        self.0.lock().len()
+        self.0.ending.lock().len()
+    }
+
+    /// Changes with each life that ends: whoever keeps keys gives them up then.
+    fn generation(&self) -> u64 {
+        self.0.ended.load(Relaxed)
     }
 }
 
@@ -124,6 +140,11 @@ impl ShardCore {
     /// Whether the erasure of this life has begun and is not finished.
     pub(crate) fn is_erasing(&self, life: &EntityRow) -> bool {
         self.erasing.fate(life.key_id) == Some(Fate::Erased)
+    }
+
+    /// Changes with each life that ends, in any shard: whoever keeps keys gives them up then.
+    pub(crate) fn generation(&self) -> u64 {
+        self.erasing.generation()
     }
 
     /// Whether this life is on its way out, so that its rows are of no interest to anybody.
@@ -182,11 +203,6 @@ impl ShardCore {
                 Err(Unavailable::Quarantined { entity, why: why.to_owned(), retry_after })
             }
         }
-    }
-
-    /// The entity begins anew.
-    pub(crate) fn forget_failures(&self, entity: EntityHash) {
-        self.failures.lock().remove(&entity);
     }
 
     /// How many entities are quarantined now; those whose time is over are forgotten.

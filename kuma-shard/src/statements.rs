@@ -237,9 +237,15 @@ pub(crate) async fn indexed_head(connection: &mut SqliteConnection, eid: i64) ->
          WHERE log_index.eid = ? ORDER BY log_index.version DESC LIMIT 1",
     )
     .bind(eid)
-    .fetch_optional(connection)
+    .fetch_optional(&mut *connection)
     .await?;
-    row.map_or(Ok(Head::At(0)), |row| head(&row))
+    if let Some(row) = row {
+        return head(&row);
+    }
+    // A life without commits.
+    let erased = sqlx::query("SELECT erased_at IS NOT NULL FROM entity WHERE eid = ?").bind(eid);
+    let erased = erased.fetch_optional(connection).await?.map(|row| row.try_get(0)).transpose()?;
+    Ok(if erased == Some(true) { Head::Erased } else { Head::At(0) })
 }
 
 fn bind_entity(query: Bound, entity: &EntityRow) -> Bound {
