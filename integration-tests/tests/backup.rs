@@ -763,6 +763,50 @@ async fn entities_whose_keys_were_not_backed_up_are_told() {
     restored.shutdown().await;
 }
 
+/// The audit log of the first erasure ever is newer than the backup of the keys. Its own key is in it all the same.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_first_erasure_after_the_keys_were_backed_up_is_carried_out_again() {
+    let fixture = Fixture::new();
+    let kuma = start(&fixture.data()).await;
+    append_secret(&kuma, "gone", 1).await;
+    append_secret(&kuma, "stays", 1).await;
+    kuma.backup_keys(fixture.path("keys")).await.unwrap();
+    kuma.raw("secret", "gone").erase(Reason::new("request 1").by("support")).await.unwrap();
+    kuma.backup(fixture.path("events")).run(|_| ()).await.unwrap();
+    kuma.shutdown().await;
+    let (restored, report) = fixture.restored(fixture.restore(), "restored").await;
+    assert_eq!(report.without_key, 0, "{:?}", report.without_key_named);
+    assert_eq!(restored.raw("secret", "stays").events(1.., 9).await.unwrap().len(), 1);
+    let refused = restored.raw("secret", "gone").events(1.., 9).await.unwrap_err();
+    assert!(matches!(refused, ReadError::Refused(Refused::Erased { .. })), "{refused:?}");
+    let log = restored.audit_log().read().await.unwrap();
+    assert_eq!((log.requested, log.completed), (1, 1), "what it said of who and why is there");
+    restored.shutdown().await;
+}
+
+/// What is added to a damaged file would be thought whole.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_backup_that_was_damaged_meanwhile_is_not_gone_on_with() {
+    let fixture = Fixture::new();
+    let kuma = start(&fixture.data()).await;
+    append_secret(&kuma, "one", 1).await;
+    fixture.back_up(&kuma).await;
+    // Without reading it back it is summed all the same.
+    let report = kuma.backup(fixture.path("events")).without_verification().run(|_| ()).await.unwrap();
+    assert!(report.manifest.shards.iter().all(|shard| shard.file.blake3.is_some()));
+    let path = fixture.path("events").join("shard-000.db");
+    let mut bytes = fs::read(&path).unwrap();
+    // Unused space that no row and no page is damaged by.
+    bytes[405] ^= 1;
+    fs::write(&path, bytes).unwrap();
+    let refused = kuma.backup(fixture.path("events")).run(|_| ()).await.unwrap_err();
+    assert!(matches!(refused, BackupError::Copy(CopyError::Damaged { .. })), "{refused:?}");
+    fs::remove_file(&path).unwrap();
+    fixture.back_up(&kuma).await;
+    kuma.shutdown().await;
+    fixture.restored(fixture.restore(), "restored").await.0.shutdown().await;
+}
+
 /// A restored store is another one than that which it was restored from: none of their files may be mixed up.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_file_of_the_former_store_fits_the_restored_one() {
@@ -891,7 +935,7 @@ async fn the_keys_before_are_wiped_and_a_damaged_copy_is_made_anew() {
     let shard = shard.into_iter().find(holds).unwrap();
     let error = tokio::spawn(kuma.backup(fixture.path("events")).run(|_| ())).await.unwrap().unwrap_err();
     assert!(matches!(&error, BackupError::Copy(CopyError::Damaged { path, .. }) if *path == shard), "{error:?}");
-    assert!(chain(&error).contains("delete that file and run it again"), "{}", chain(&error));
+    assert!(chain(&error).contains("delete the file that is named and run it again"), "{}", chain(&error));
     fs::remove_file(&shard).unwrap();
     fixture.back_up(&kuma).await;
     kuma.shutdown().await;

@@ -84,7 +84,7 @@ fn the_words_of_an_append_that_failed() {
     entity [hex] cannot be read: keys.db does not have the entity's key, so that its events cannot be read; restore keys.db from its backup
     entity [hex] cannot be read: the code of kind account panicked on the events at version 4; mend its `apply`, `Default` or `Deserialize`
     entity [hex] is quarantined (its actor failed); it is tried again after 4s
-    no key could be stored for entity [hex]; nothing was written: keys.db does not have the entity's key, so that its events cannot be read; restore keys.db from its backup
+    no key could be stored for entity [hex] (keys.db does not have the entity's key, so that its events cannot be read; restore keys.db from its backup); nothing was written
     entity [hex] stopped before it came to the request; retry
     an earlier append to entity [hex] in the same sequence failed; this one was not written, send it again in a new sequence after that one
     the store is shutting down

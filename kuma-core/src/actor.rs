@@ -32,7 +32,7 @@ use ractor::{Actor, ActorProcessingErr, ActorRef};
 use tokio::sync::oneshot;
 
 use crate::{
-    AppendError, Metadata, Outcome, ReadError, Refused, ReplayError, Unavailable, Version,
+    AppendError, Metadata, Outcome, ReadError, Refused, ReplayError, Unavailable, Version, audit,
     body::{Body, EncodedEvents, Fingerprint},
     command::{Decide, Decision},
     identity::Identity,
@@ -45,6 +45,7 @@ use crate::{
     shard_core::ShardCore,
     snapshot::ReplayCost,
     snapshotter::SnapshotJob,
+    vault::AUDIT_KEY,
 };
 
 /// A write as it reaches the actor, admitted.
@@ -717,7 +718,10 @@ fn original(
 
 /// A key and a row for an entity that has none yet.
 async fn new_opener(core: &ShardCore, kind: &dyn Kind, identity: &Identity) -> Result<Opener, crate::VaultError> {
-    let (key_id, key) = core.vault.create(identity.hash).await?;
+    let (key_id, key) = match audit::is_reserved(kind.name()) {
+        true => (AUDIT_KEY, core.vault.key(identity.hash, AUDIT_KEY).await?),
+        false => core.vault.create(identity.hash).await?,
+    };
     let sealed_id = seal_id(&key, kind.name(), IdHash(identity.hash.0), key_id, &identity.id);
     let row = EntityRow {
         // Its number comes with its first commit.

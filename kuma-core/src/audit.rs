@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use kuma_crypto::IdSecret;
 use kuma_shard::EntityHash;
 use serde::{Deserialize, Serialize};
 
@@ -109,6 +110,11 @@ impl AuditEvent {
         let Reason { why, by } = reason.clone();
         AuditEvent::Recreated { entity: entity.to_hex(), life, why, by }
     }
+}
+
+/// By what the audit log is known.
+pub(crate) fn entity_hash(ids: &IdSecret) -> EntityHash {
+    EntityHash(ids.hash(AuditLog::KIND, ID).0)
 }
 
 /// Whether only the store writes to entities of this kind.

@@ -113,7 +113,7 @@ fn advice(error: &CopyError) -> &'static str {
             "the store was put back to an older state, or this is not its backup: choose a new directory and keep this one"
         }
         CopyError::Missing { .. } | CopyError::Damaged { .. } => {
-            "delete that file and run it again: it is copied anew; the store is not affected"
+            "delete the file that is named and run it again: it is copied anew; the store is not affected"
         }
         CopyError::Foreign { .. } => {
             "it is the backup of another store, or of this one before a restore: choose a new directory"
@@ -256,7 +256,7 @@ impl Kuma {
         // As late as can be: it knows every key that was destroyed while they were copied.
         let ledger = self.new_ledger(directory).await?;
         let entry = put_ledger(directory, &ledger)?;
-        let file = entry_of(&path, true).await?;
+        let file = entry_of(&path).await?;
         let mut manifest = KeysManifest::new(self.backup_of(Backed::Keys, at_us), file, &contents, entry);
         write_manifest(directory, &mut manifest)?;
         if let Some(before) = before.filter(|before| KEYS_FILES.contains(&before.as_str())) {
@@ -309,7 +309,8 @@ fn put_ledger(directory: &Path, summary: &LedgerSummary) -> Result<LedgerEntry, 
 }
 
 impl Backup {
-    /// Does not read back what was copied. Every row is checked before it is copied all the same.
+    /// Does not read back what was copied, nor look at what is there already. Every row is checked before it is copied, and the files are summed,
+    /// all the same.
     pub fn without_verification(mut self) -> Self {
         self.verify = false;
         self
@@ -332,6 +333,9 @@ impl Backup {
         // At most 256.
         let count = shards.len() as u16;
         let unfinished = directory.join(UNFINISHED_FILE);
+        if verify && !unfinished.exists() {
+            check_former(&directory).await?;
+        }
         manifest::replace(&unfinished, b"").map_err(|source| io_error(&unfinished, source))?;
         let disk_id = kuma.inner.disk_id();
         let mut now =
@@ -368,7 +372,7 @@ impl Backup {
                 };
                 verified.add(&read_back(&directory, count, disk_id, copied, tell).await?);
             }
-            entries.push(ShardEntry::new(entry_of(&path, verify).await?, &copied.contents));
+            entries.push(ShardEntry::new(entry_of(&path).await?, &copied.contents));
         }
         let ledger_entry = put_ledger(&directory, &ledger)?;
         let mut manifest = EventsManifest::new(kuma.backup_of(Backed::Events, at_us), entries, ledger_entry);
@@ -430,11 +434,24 @@ async fn read_keys_back(path: &Path, disk_id: DiskId, copied: &KeysContents) -> 
     }
 }
 
+/// Whether the files that are there are, to the byte, what their manifest says: what is added to a damaged file would be thought whole.
+async fn check_former(directory: &Path) -> Result<(), BackupError> {
+    let Ok(manifest) = manifest::read::<EventsManifest>(directory) else { return Ok(()) };
+    for former in manifest.shards.into_iter().map(|shard| shard.file) {
+        let path = directory.join(&former.file);
+        if path.exists() && former.blake3.is_some() && entry_of(&path).await? != former {
+            let detail = "its bytes are not those that the manifest says".to_owned();
+            return Err(CopyError::Damaged { path, detail }.into());
+        }
+    }
+    Ok(())
+}
+
 /// No connection to the file may be open: this would drop its locks.
-async fn entry_of(path: &Path, hashed: bool) -> Result<BackupFileEntry, BackupError> {
+async fn entry_of(path: &Path) -> Result<BackupFileEntry, BackupError> {
     let file = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let owned = path.to_owned();
-    let measured = tokio::task::spawn_blocking(move || manifest::measure(&owned, hashed)).await;
+    let measured = tokio::task::spawn_blocking(move || manifest::measure(&owned, true)).await;
     let measured = measured.unwrap_or_else(|error| Err(io::Error::other(error)));
     let (bytes, blake3) = measured.map_err(|source| io_error(path, source))?;
     Ok(BackupFileEntry { file, bytes, blake3 })

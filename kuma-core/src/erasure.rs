@@ -474,6 +474,7 @@ impl EraserState {
     /// Tells whoever waits.
     fn end(&mut self, inner: &Inner, jobs: Vec<Job>, began: Instant) {
         let metrics = inner.metrics();
+        let mut interrupted: Option<(u64, String)> = None;
         for job in jobs {
             let (entity, receipt_id) = (job.entity(), job.receipt_id());
             let outcome = match job.receipt.filter(|_| job.obstacle.is_none()) {
@@ -488,7 +489,8 @@ impl EraserState {
                     self.owing = true;
                     let detail = job.obstacle.unwrap_or_default();
                     metrics.erasures_interrupted.increment(1);
-                    tracing::warn!(%entity, %receipt_id, %detail, "an erasure is not complete; it goes on by itself");
+                    tracing::debug!(%entity, %receipt_id, %detail, "an erasure is not complete");
+                    interrupted.get_or_insert_with(|| (0, detail.clone())).0 += 1;
                     Err(detail)
                 }
             };
@@ -498,6 +500,15 @@ impl EraserState {
                 // A caller that is gone does not want to know.
                 let _ = reply.send(outcome.map_err(unfinished));
             }
+        }
+        match interrupted {
+            Some((erasures, detail)) if inner.is_closing() => {
+                tracing::info!(erasures, %detail, "erasures are not complete; they go on when the store is opened again");
+            }
+            Some((erasures, detail)) => {
+                tracing::warn!(erasures, %detail, "erasures are not complete; they go on by themselves");
+            }
+            None => {}
         }
         metrics.erasures_unfinished.set(self.erasing.len() as f64);
     }

@@ -249,7 +249,7 @@ pub enum Unavailable {
         retry_after: Duration,
     },
     /// The entity's new key could not be made durable.
-    #[error("no key could be stored for entity {entity}; nothing was written")]
+    #[error("no key could be stored for entity {entity} ({cause}); nothing was written")]
     NoKey {
         /// The entity.
         entity: EntityHash,
@@ -381,7 +381,8 @@ pub enum EraseError {
     #[error(transparent)]
     Unavailable(#[from] Unavailable),
     /// It has begun and cannot be undone: the entity answers as erased already. What is left is done by the store itself, again and again until
-    /// it succeeds, also after a restart. Ask again for the receipt.
+    /// it succeeds, also after a restart. Ask again for the receipt. (Rarely, after a failing disk, it is not known yet whether it has begun; the
+    /// detail says so then, and asking again is right in any case.)
     #[error(
         "the erasure {receipt_id} of entity {entity} has begun and goes on by itself, but is not complete ({detail}); ask again for the receipt"
     )]

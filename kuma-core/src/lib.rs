@@ -108,7 +108,8 @@ pub use identity::slot_of;
 pub use import::{Import, ImportError, ImportProblem, ImportProgress, ImportReport};
 pub use kuma_crypto::{LocalMasterKey, MasterKey, MasterKeyError, PublicKey};
 pub use kuma_shard::{
-    CommitError, CopyError, DataDirError, Durability, EntityHash, NotWritten, OpenError, ShardReport, Slot, StatsView,
+    CommitError, CopyError, DataDirError, Durability, EntityHash, NotWritten, OpenError, ReadError as StorageError,
+    ShardReport, Slot, StatsView,
 };
 pub use ledger::{LedgerError, LedgerSummary};
 pub use ndjson::{LineProblem, Manifest};

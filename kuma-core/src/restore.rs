@@ -41,7 +41,7 @@ use crate::{
         manifest::{self, EventsManifest, KeysManifest, LedgerEntry, ManifestError, ShardEntry},
     },
     ledger::{self, Ledger, text_of, time_of},
-    vault::{ID_SECRET, NODE_KEY},
+    vault::{AUDIT_KEY, ID_SECRET, NODE_KEY},
 };
 
 /// Entities without a key that are told by name.
@@ -628,7 +628,8 @@ impl Prepared {
             let commits_total = backup.contents().position;
             let (live, report) = (&self.live, &mut report);
             let look = |entity: &EntityRow| {
-                if entity.erased_at_us.is_none() && !live.contains(&entity.key_id) {
+                let has_key = live.contains(&entity.key_id) || entity.key_id == AUDIT_KEY.0;
+                if entity.erased_at_us.is_none() && !has_key {
                     report.without_key += 1;
                     if report.without_key_named.len() < NAMED_MAX {
                         report.without_key_named.push(entity.id_hash);

@@ -168,7 +168,7 @@ impl Kuma {
         let scrub = match start_scrub(&options, &shards, &root).await {
             Ok(scrub) => scrub,
             Err(error) => {
-                close(&shards, &common.vault.keys, Some(&common.node)).await;
+                close(&shards, &common.vault.keys, Some(&common.node), &root).await;
                 root.stop(None);
                 return Err(error);
             }
@@ -305,7 +305,7 @@ async fn open_parts(
     let vault = match vault {
         Ok(vault) => Arc::new(vault),
         Err(error) => {
-            keys.stop().await;
+            close(&[], &keys, None, root).await;
             return Err(match error {
                 VaultError::MasterKey(error @ kuma_crypto::MasterKeyError::UnknownKek { .. }) => {
                     StartError::WrongMasterKey(error)
@@ -317,7 +317,7 @@ async fn open_parts(
     let node = match open_node(data_dir, &file, &vault, root).await {
         Ok(node) => node,
         Err(error) => {
-            keys.stop().await;
+            close(&[], &keys, None, root).await;
             return Err(error);
         }
     };
@@ -325,14 +325,14 @@ async fn open_parts(
     match node.unfinished().await {
         Ok(unfinished) => unfinished.iter().for_each(|tombstone| erasing.add(tombstone.key_id, Fate::Erased)),
         Err(error) => {
-            close(&[], &keys, Some(&node)).await;
+            close(&[], &keys, Some(&node), root).await;
             return Err(StartError::Erasures(error.to_string()));
         }
     }
     match node.intended().await {
         Ok(intended) => intended.iter().for_each(|(tombstone, _)| erasing.add(tombstone.key_id, Fate::Replaced)),
         Err(error) => {
-            close(&[], &keys, Some(&node)).await;
+            close(&[], &keys, Some(&node), root).await;
             return Err(StartError::Erasures(error.to_string()));
         }
     }
@@ -347,7 +347,7 @@ async fn open_parts(
     let snapshotter = match Snapshotter::start(root.get_cell()).await {
         Ok(snapshotter) => snapshotter,
         Err(error) => {
-            close(&[], &keys, Some(&node)).await;
+            close(&[], &keys, Some(&node), root).await;
             return Err(StartError::Actors(error.to_string()));
         }
     };
@@ -364,14 +364,14 @@ async fn open_parts(
                 first_damage.get_or_insert(error);
             }
             Err(error) => {
-                close(&slots, &keys, Some(&node)).await;
+                close(&slots, &keys, Some(&node), root).await;
                 return Err(error);
             }
         }
     }
     match first_damage {
         Some(error) if slots.iter().all(|slot| matches!(slot, ShardSlot::OutOfUse(_))) => {
-            close(&slots, &keys, Some(&node)).await;
+            close(&slots, &keys, Some(&node), root).await;
             Err(error.into())
         }
         _ => Ok((parts, slots)),
@@ -396,6 +396,7 @@ async fn open_node(
             Ok(node)
         }
         Err(error) => {
+            note_stopping(root).await;
             node.stop().await;
             Err(StartError::Erasures(error))
         }
@@ -422,7 +423,18 @@ async fn destroy_again(node: &NodeStore, keys: &KeyStore) -> Result<usize, Strin
     Ok(destroyed)
 }
 
-async fn close(slots: &[ShardSlot], keys: &KeyStore, node: Option<&NodeStore>) {
+/// From now on no child that ends is missed.
+async fn note_stopping(root: &ActorRef<RootMessage>) {
+    let (noted, stopping) = oneshot::channel();
+    // It may be gone already, with its runtime.
+    if root.cast(RootMessage::Stopping { noted }).is_ok() {
+        let _ = stopping.await;
+    }
+}
+
+/// Closes what was opened before the start failed.
+async fn close(slots: &[ShardSlot], keys: &KeyStore, node: Option<&NodeStore>, root: &ActorRef<RootMessage>) {
+    note_stopping(root).await;
     for slot in slots {
         if let ShardSlot::Open(core) = slot {
             core.shard.stop().await;
@@ -516,6 +528,10 @@ impl Inner {
         &self.parts.context
     }
 
+    pub(crate) fn is_closing(&self) -> bool {
+        self.parts.closing.load(Relaxed)
+    }
+
     pub(crate) fn data_dir(&self) -> &std::path::Path {
         self.parts.data_dir.path()
     }
@@ -595,11 +611,7 @@ impl Parts {
     }
 
     async fn close_all(&self) {
-        let (noted, stopping) = oneshot::channel();
-        // It may be gone already, with its runtime.
-        if self.root.cast(RootMessage::Stopping { noted }).is_ok() {
-            let _ = stopping.await;
-        }
+        note_stopping(&self.root).await;
         if let Some(eraser) = self.eraser.get() {
             // What it is at comes to its end, or is gone on with when the store is opened again.
             let _ = eraser.stop_and_wait(None, None).await;

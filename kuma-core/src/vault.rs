@@ -11,10 +11,14 @@ use kuma_crypto::{
 };
 use kuma_shard::{EntityHash, KeyRow, KeyStore};
 
-use crate::{VaultError, micros};
+use crate::{VaultError, audit, micros};
 
 /// Under this name `keys.db` holds the secret that keys the id hashes.
 pub(crate) const ID_SECRET: &str = "id_secret";
+/// And under this one the key of the audit log, which is made with the store: whoever has a copy of the keys, however old, can go on with that log.
+const AUDIT_SECRET: &str = "audit_key";
+/// What that key is called.
+pub(crate) const AUDIT_KEY: KeyId = KeyId(*b"kuma audit log 1");
 /// And under this one the key that signs receipts.
 pub(crate) const NODE_KEY: &str = "node_key";
 
@@ -55,7 +59,13 @@ impl Vault {
             }
             None => return Err(VaultError::SecretMissing { name: NODE_KEY }),
         };
-        Ok(Vault { keys, master, context, ids, node_key })
+        let vault = Vault { keys, master, context, ids, node_key };
+        if is_new {
+            let key = DataKey::generate();
+            let wrapped = vault.master.wrap(key.as_ref(), &vault.audit_aad()).await?;
+            vault.keys.put_secret(AUDIT_SECRET, wrapped).await?;
+        }
+        Ok(vault)
     }
 
     /// A new key for an entity; durable when this returns.
@@ -74,6 +84,10 @@ impl Vault {
 
     /// The key with this name.
     pub(crate) async fn key(&self, entity: EntityHash, key_id: KeyId) -> Result<DataKey, VaultError> {
+        if key_id == AUDIT_KEY {
+            let wrapped = self.keys.secret(AUDIT_SECRET).await?.ok_or(VaultError::KeyMissing)?;
+            return Ok(DataKey::from(self.master.unwrap(&wrapped, &self.audit_aad()).await?));
+        }
         let row = self.keys.get(key_id.0).await?.ok_or(VaultError::KeyMissing)?;
         if row.is_destroyed() {
             return Err(VaultError::KeyDestroyed);
@@ -90,7 +104,12 @@ impl Vault {
     /// started again: a key is under one master key or the other, and both open it until the older one is taken away.
     pub(crate) async fn rewrap_all(&self) -> Result<u64, VaultError> {
         let (mut after, mut rewrapped) = (0, 0);
-        for (name, aad) in [(ID_SECRET, id_secret_aad(&self.context)), (NODE_KEY, node_key_aad(&self.context))] {
+        let secrets = [
+            (ID_SECRET, id_secret_aad(&self.context)),
+            (NODE_KEY, node_key_aad(&self.context)),
+            (AUDIT_SECRET, self.audit_aad()),
+        ];
+        for (name, aad) in secrets {
             if let Some(wrapped) = self.keys.secret(name).await?
                 && let Some(anew) = kuma_crypto::rewrap(&*self.master, &wrapped, &aad).await?
             {
@@ -122,6 +141,10 @@ impl Vault {
                 return Err(error.into());
             }
         }
+    }
+
+    fn audit_aad(&self) -> Vec<u8> {
+        self.aad(audit::entity_hash(&self.ids), AUDIT_KEY)
     }
 
     fn aad(&self, entity: EntityHash, key_id: KeyId) -> Vec<u8> {
