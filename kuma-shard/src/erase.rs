@@ -21,7 +21,7 @@ use crate::{
 };
 
 /// Commits that one step turns into stubs; fewer if they are large ([`PAGE_BYTES`]).
-const STEP_ROWS: u32 = 256;
+const STEP_ROWS: u32 = 64;
 /// Erasures that share a transaction.
 pub(crate) const STEPS_IN_GROUP: usize = 64;
 
