@@ -13,7 +13,8 @@ use tokio::io::AsyncWrite;
 use crate::{
     Entity, ExportError, Handle, Manifest, RawHandle, ReadError,
     export::Export,
-    ndjson::{LINE_BYTES_MAX, time_text, write_archive},
+    ledger::text_of,
+    ndjson::{LINE_BYTES_MAX, write_archive},
     replay::Opener,
     shard_core::ShardCore,
 };
@@ -87,8 +88,8 @@ impl RawHandle {
             life: row.life,
             slot: row.slot.number(),
             key: hex::encode(row.key_id),
-            created_at: time(row.created_at_us),
-            archived_at: time(self.store().now_us()),
+            created_at: text_of(row.created_at_us),
+            archived_at: text_of(self.store().now_us()),
             idempotency_keys,
         })
     }
@@ -143,8 +144,4 @@ impl<W: AsyncWrite + Unpin> Export<'_, W> {
     fn part(&mut self, part: &Part<'_>) -> Result<(), ExportError> {
         write_archive(self.buffer(), part).map_err(|error| ExportError::Write(error.into()))
     }
-}
-
-fn time(at_us: i64) -> String {
-    time_text(std::time::UNIX_EPOCH + std::time::Duration::from_micros(at_us.max(0).unsigned_abs()))
 }

@@ -521,7 +521,7 @@ impl Place<()> {
         } else if !directory.is_dir() {
             return Err(wrong("it is not a directory".to_owned()));
         }
-        let (here, data) = (directory.canonicalize(), kuma.inner.data_path().canonicalize());
+        let (here, data) = (directory.canonicalize(), kuma.inner.data_dir().canonicalize());
         if here.map_err(cannot)?.starts_with(data.map_err(cannot)?) {
             return Err(wrong("it is in the data directory of the store".to_owned()));
         }

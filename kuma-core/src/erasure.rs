@@ -16,7 +16,7 @@
 use std::{
     collections::{BTreeMap, HashMap},
     sync::{Arc, Weak},
-    time::{Duration, Instant, UNIX_EPOCH},
+    time::{Duration, Instant},
 };
 
 use fail::fail_point;
@@ -28,7 +28,7 @@ use tokio::sync::oneshot;
 use crate::{
     EraseError, ReadError, Reason, Receipt, ReceiptId, Refused, Unavailable,
     audit::{AuditEvent, patiently},
-    ndjson::time_text,
+    ledger::text_of,
     receipt::{LastBackups, Statement, StoreOutcome},
     restore_to::{self, Replaced, RestoreRequest, Restored},
     shard_core::{Erasing, Fate, ShardCore},
@@ -436,7 +436,7 @@ impl EraserState {
         let words = |error: &dyn std::fmt::Display| error.to_string();
         let backup = async |what| self.node.last_backup(what).await.map_err(|error| words(&error));
         let backups =
-            LastBackups { events: backup("events").await?.map(time_of), keys: backup("keys").await?.map(time_of) };
+            LastBackups { events: backup("events").await?.map(text_of), keys: backup("keys").await?.map(text_of) };
         let mut receipts = Vec::with_capacity(complete.len());
         for job in &complete {
             receipts.push(match &job.receipt {
@@ -578,16 +578,12 @@ fn state(inner: &Inner, job: &Job, backups: LastBackups) -> Statement {
         life: row.as_ref().map(|row| row.life),
         slot: tombstone.slot.number(),
         key: hex::encode(tombstone.key_id),
-        requested_at: time_of(tombstone.at_us),
-        completed_at: time_of(inner.now_us()),
+        requested_at: text_of(tombstone.at_us),
+        completed_at: text_of(inner.now_us()),
         resumed: job.reason.is_none(),
         stores: vec![store("memory", "taken out of memory"), store("keys.db", "key destroyed; log cut"), in_shard],
         pending: Vec::new(),
         backups,
         public_key: String::new(),
     }
-}
-
-fn time_of(at_us: i64) -> String {
-    time_text(UNIX_EPOCH + Duration::from_micros(at_us.max(0).unsigned_abs()))
 }

@@ -130,9 +130,9 @@ struct End {
     signature: String,
 }
 
-/// A time as it is written in ledgers, manifests and receipts.
+/// A time as it is written in ledgers, manifests, receipts and archives.
 pub(crate) fn text_of(at_us: i64) -> String {
-    time_text(UNIX_EPOCH + Duration::from_micros(at_us.max(0).unsigned_abs()))
+    time_text(time_of(at_us))
 }
 
 /// The inverse of [`text_of`].

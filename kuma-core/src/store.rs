@@ -540,10 +540,6 @@ impl Inner {
         &self.parts.file_reader
     }
 
-    pub(crate) fn data_path(&self) -> &std::path::Path {
-        self.parts.data_dir.path()
-    }
-
     pub(crate) fn disk_id(&self) -> DiskId {
         self.parts.data_dir.disk_id()
     }
