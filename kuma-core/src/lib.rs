@@ -52,6 +52,7 @@ mod error;
 mod evolution;
 mod execute;
 mod export;
+mod filter;
 mod handle;
 mod history;
 mod identity;
@@ -63,6 +64,7 @@ mod live;
 mod ndjson;
 mod observe;
 mod options;
+mod projection;
 mod receipt;
 mod replay;
 mod reply;
@@ -101,6 +103,7 @@ pub use erase::ErasedMany;
 pub use error::{AppendError, EraseError, ReadError, Refused, ReplayError, StartError, Unavailable, VaultError};
 pub use evolution::Upcasters;
 pub use execute::{Execute, Executing};
+pub use filter::Filter;
 pub use export::{ExportError, ExportProgress};
 pub use handle::{Current, Handle, RawHandle};
 pub use history::{Direction, History};
@@ -109,11 +112,12 @@ pub use import::{Import, ImportError, ImportProblem, ImportProgress, ImportRepor
 pub use kuma_crypto::{LocalMasterKey, MasterKey, MasterKeyError, PublicKey};
 pub use kuma_shard::{
     CommitError, CopyError, DataDirError, Durability, EntityHash, NotWritten, OpenError, ReadError as StorageError,
-    ShardReport, Slot, StatsView,
+    ShardReport, Slot, StatsView, rusqlite,
 };
 pub use ledger::{LedgerError, LedgerSummary};
 pub use ndjson::{LineProblem, Manifest};
 pub use options::{MasterKeySource, Options};
+pub use projection::{ApplyError, ErasureRule, Projection, StoredEvent};
 pub use receipt::{LastBackups, Reason, Receipt, ReceiptError, ReceiptId, Statement, StoreOutcome};
 pub use restore::{Restore, RestoreError, RestoreProgress, RestoreReport, RestoreStep, RestoreWarning};
 pub use restore_to::Restored;
