@@ -19,6 +19,7 @@ use std::{
 };
 
 use sqlx::SqliteConnection;
+use tokio::sync::watch;
 
 use crate::{
     Activation, CommitError, Digest, EntityRow, NotWritten, Slot, SnapshotRow,
@@ -70,6 +71,8 @@ pub(crate) struct LogBook {
     heads: HashMap<i64, Head>,
     marks_due: bool,
     snapshots_written: metrics::Counter,
+    /// The last position that is durable.
+    end: watch::Sender<u64>,
     staged: Option<Staged>,
 }
 
@@ -100,6 +103,7 @@ impl LogBook {
             tail,
             heads: HashMap::new(),
             marks_due: false,
+            end: watch::Sender::new(next_position.saturating_sub(1)),
             staged: None,
         }
     }
@@ -123,6 +127,11 @@ impl LogBook {
     /// The rows that are not in the indexes yet, shared with the readers.
     pub(crate) fn tail(&self) -> SharedTail {
         self.tail.clone()
+    }
+
+    /// The last position of the log that is durable.
+    pub(crate) fn end(&self) -> watch::Receiver<u64> {
+        self.end.subscribe()
     }
 
     /// Entities in `group` that have commits in the log, and whose heads are not known.
@@ -585,6 +594,8 @@ impl Book for LogBook {
             self.marks_due = false;
             self.dirty.clear();
         }
+        let end = self.next_position.saturating_sub(1);
+        self.end.send_if_modified(|known| std::mem::replace(known, end) != end);
     }
 
     fn drop_staged(&mut self) {

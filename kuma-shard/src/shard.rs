@@ -5,8 +5,8 @@ use std::{collections::BTreeSet, path::Path, sync::Arc};
 use futures_util::TryStreamExt;
 use parking_lot::Mutex;
 use ractor::ActorCell;
-use sqlx::{Row, SqliteConnection, sqlite::SqliteRow};
-use tokio::sync::oneshot;
+use sqlx::{Row, SqliteConnection, SqlitePool, sqlite::SqliteRow};
+use tokio::sync::{oneshot, watch};
 
 use crate::{
     Budget, CommitError, CopyId, DiskId, EntityHash, EntityRow, FileOptions, LogRow, NotWritten, OpenError, Slot,
@@ -54,6 +54,9 @@ impl ShardOptions {
     }
 }
 
+/// Connections that read the log for subscriptions and projections.
+const FEEDERS: u32 = 2;
+
 /// The file of shard `number`.
 pub(crate) fn file_name(number: u16) -> String {
     format!("shard-{number:03}.db")
@@ -69,6 +72,9 @@ struct Inner {
     number: u16,
     database: Database<LogBook>,
     tail: SharedTail,
+    end: watch::Receiver<u64>,
+    /// Connections for whoever reads the log in its order.
+    feeders: SqlitePool,
     budget: Arc<Budget>,
     next_eid: Mutex<i64>,
 }
@@ -96,7 +102,7 @@ impl Shard {
         let witnessed = inspected.witnessed;
         inspected.close().await;
         let (book, next_eid) = loaded?;
-        let tail = book.tail();
+        let (tail, end) = (book.tail(), book.end());
         if witnessed.is_some_and(|digest| digest != book.progress().digest) {
             return Err(spec.damaged("the digest of its rows is not the one in its watermark"));
         }
@@ -105,6 +111,8 @@ impl Shard {
             number: options.number,
             database,
             tail,
+            end,
+            feeders: sqlite::reader_pool(&spec.path, &spec.options, FEEDERS),
             budget: Budget::new(options.queue_bytes_max),
             next_eid: Mutex::new(next_eid),
         };
@@ -193,11 +201,21 @@ impl Shard {
 
     /// Stops the writer: what was submitted is written first, then the file is closed.
     pub async fn stop(&self) {
+        self.inner.feeders.close().await;
         self.inner.database.stop().await;
     }
 
     pub(crate) fn database(&self) -> &Database<LogBook> {
         &self.inner.database
+    }
+
+    /// The last position of the log that is durable: it changes with each commit, and ends with the writer.
+    pub fn end(&self) -> watch::Receiver<u64> {
+        self.inner.end.clone()
+    }
+
+    pub(crate) fn feeders(&self) -> &SqlitePool {
+        &self.inner.feeders
     }
 
     pub(crate) fn tail(&self) -> &SharedTail {
