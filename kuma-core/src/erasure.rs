@@ -335,7 +335,7 @@ impl EraserState {
                 }
             })?;
         }
-        new().for_each(|(job, _)| self.erasing.add(job.tombstone.key_id, Fate::Erased));
+        new().for_each(|(job, _)| self.erasing.entomb(&job.tombstone));
         Ok(())
     }
 
@@ -379,7 +379,7 @@ impl EraserState {
             let batch = left.by_ref().take(BATCH_MAX);
             let job = |tombstone: Tombstone| Job::new(tombstone, inner.core_of_slot(tombstone.slot), None);
             let jobs: Vec<Job> = batch.map(job).collect();
-            jobs.iter().for_each(|job| self.erasing.add(job.tombstone.key_id, Fate::Erased));
+            jobs.iter().for_each(|job| self.erasing.entomb(&job.tombstone));
             self.carry_out(&inner, jobs).await;
         }
         self.retries = if self.owing { self.retries + 1 } else { 0 };

@@ -206,7 +206,7 @@ impl OpenCursor {
 }
 
 /// The events of one commit, upcast.
-fn decode(kind: &dyn Kind, row: &LogRow, plaintext: &[u8]) -> Result<Vec<RecordedEvent>, ReplayError> {
+pub(crate) fn decode(kind: &dyn Kind, row: &LogRow, plaintext: &[u8]) -> Result<Vec<RecordedEvent>, ReplayError> {
     let undecodable = |version, event, detail| ReplayError::undecodable(kind.name(), version, event, detail);
     let at = UNIX_EPOCH + Duration::from_micros(row.at_us.max(0).unsigned_abs());
     let body = Body::parse(plaintext).map_err(|error| undecodable(row.version, String::new(), error.to_string()))?;

@@ -44,6 +44,7 @@ mod archive;
 mod audit;
 mod backup;
 mod body;
+mod checkpoint;
 mod command;
 mod entity;
 mod erase;
@@ -52,6 +53,7 @@ mod error;
 mod evolution;
 mod execute;
 mod export;
+mod feed;
 mod filter;
 mod handle;
 mod history;
@@ -81,6 +83,7 @@ mod snapshot;
 mod snapshotter;
 mod state_shape;
 mod store;
+mod subscribe;
 mod supervisor;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
@@ -97,12 +100,14 @@ pub use backup::{
         Backed, BackupFileEntry, BackupOf, EventsManifest, KeysManifest, LedgerEntry, ManifestError, ShardEntry,
     },
 };
+pub use checkpoint::{Checkpoint, CheckpointError};
 pub use command::{Command, ExecuteError, Executed};
 pub use entity::{Entity, Metadata, NewEvent, RecordedEvent, Version};
 pub use erase::ErasedMany;
 pub use error::{AppendError, EraseError, ReadError, Refused, ReplayError, StartError, Unavailable, VaultError};
 pub use evolution::Upcasters;
 pub use execute::{Execute, Executing};
+pub use feed::Unreadable;
 pub use filter::Filter;
 pub use export::{ExportError, ExportProgress};
 pub use handle::{Current, Handle, RawHandle};
@@ -124,6 +129,7 @@ pub use restore_to::Restored;
 pub use retry::Outcome;
 pub use scrub::ScrubStats;
 pub use sequence::Sequence;
+pub use subscribe::{Delivery, Erased, Start, Subscribe, SubscribeError, Subscription};
 pub use store::{Kuma, ShardStats, Stats};
 pub use time_travel::{Change, Diff};
 pub use verify::{EventName, ShardVerification, Verification};

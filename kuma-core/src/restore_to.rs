@@ -110,14 +110,14 @@ pub(crate) async fn replace(
     core.check_alive(&row).map_err(|cause| ReadError::unreadable(entity, cause))?;
     let key_id = row.key_id;
     // Nobody uses it from here on, until it is settled which life there is.
-    erasing.add(key_id, Fate::Replaced);
+    erasing.add(key_id, entity, Fate::Replaced);
     if let Err(detail) = drain(core, entity).await {
         erasing.remove(key_id);
         return Err(Unavailable::NotErased { entity, detail: detail.to_owned() }.into());
     }
     let replaced = replace_drained(inner, node, core, who, row, *version, reason).await;
     match &replaced {
-        Ok(replaced) => erasing.add(replaced.tombstone.key_id, Fate::Erased),
+        Ok(replaced) => erasing.entomb(&replaced.tombstone),
         Err(Failed { is_settled: true, .. }) => erasing.remove(key_id),
         // Which one there is, is found out as after a crash.
         Err(_) => {}
@@ -265,8 +265,8 @@ pub(crate) async fn settle(inner: &Inner, node: &NodeStore, erasing: &Erasing) -
         let Some(core) = inner.core_of_slot(tombstone.slot) else { continue };
         let lives = core.shard.lives(CopyId::GENESIS, tombstone.id_hash).await.map_err(|error| words(&error))?;
         if lives.iter().any(|row| row.key_id == next_key_id) {
-            erasing.add(tombstone.key_id, Fate::Erased);
             node.entomb(vec![tombstone]).await.map_err(|error| words(&error))?;
+            erasing.entomb(&tombstone);
         } else {
             inner.vault().keys.destroy(vec![next_key_id]).await.map_err(|error| words(&error))?;
             node.give_up(tombstone.key_id).await.map_err(|error| words(&error))?;

@@ -9,10 +9,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use kuma_shard::{Activation, EntityHash, EntityRow, NodeStore, Shard, Submission};
+use kuma_shard::{Activation, EntityHash, EntityRow, NodeStore, Shard, Submission, Tombstone};
 use parking_lot::Mutex;
 use ractor::ActorRef;
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 
 use crate::{
     ReplayError, Unavailable,
@@ -65,9 +65,11 @@ pub(crate) struct Erasing(Arc<Lives>);
 
 #[derive(Default)]
 struct Lives {
-    ending: Mutex<HashMap<[u8; 16], Fate>>,
+    ending: Mutex<HashMap<[u8; 16], (Fate, EntityHash)>>,
     /// How many there have been.
     ended: AtomicU64,
+    /// Changes after each tombstone that is durable.
+    entombed: watch::Sender<u64>,
 }
 
 /// What becomes of a life.
@@ -80,9 +82,20 @@ pub(crate) enum Fate {
 }
 
 impl Erasing {
-    pub(crate) fn add(&self, key_id: [u8; 16], fate: Fate) {
-        self.0.ending.lock().insert(key_id, fate);
+    pub(crate) fn add(&self, key_id: [u8; 16], entity: EntityHash, fate: Fate) {
+        self.0.ending.lock().insert(key_id, (fate, entity));
         self.0.ended.fetch_add(1, Relaxed);
+    }
+
+    /// The life has a tombstone, which is durable: subscribers can be told.
+    pub(crate) fn entomb(&self, tombstone: &Tombstone) {
+        self.add(tombstone.key_id, tombstone.id_hash, Fate::Erased);
+        self.0.entombed.send_modify(|count| *count += 1);
+    }
+
+    /// Changes after each tombstone.
+    pub(crate) fn entombed(&self) -> watch::Receiver<u64> {
+        self.0.entombed.subscribe()
     }
 
     pub(crate) fn remove(&self, key_id: [u8; 16]) {
@@ -90,7 +103,13 @@ impl Erasing {
     }
 
     pub(crate) fn fate(&self, key_id: [u8; 16]) -> Option<Fate> {
-        self.0.ending.lock().get(&key_id).copied()
+        self.0.ending.lock().get(&key_id).map(|(fate, _)| *fate)
+    }
+
+    /// Lives of an entity that are on their way out.
+    pub(crate) fn lives_of(&self, entity: EntityHash) -> Vec<[u8; 16]> {
+        let ending = self.0.ending.lock();
+        ending.iter().filter(|(_, (_, of))| *of == entity).map(|(key_id, _)| *key_id).collect()
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -145,6 +164,15 @@ impl ShardCore {
     /// Changes with each life that ends, in any shard: whoever keeps keys gives them up then.
     pub(crate) fn generation(&self) -> u64 {
         self.erasing.generation()
+    }
+
+    pub(crate) fn erasing(&self) -> &Erasing {
+        &self.erasing
+    }
+
+    /// Lives of an entity that are on their way out.
+    pub(crate) fn ending_lives(&self, entity: EntityHash) -> Vec<[u8; 16]> {
+        self.erasing.lives_of(entity)
     }
 
     /// Whether this life is on its way out, so that its rows are of no interest to anybody.

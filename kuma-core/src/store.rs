@@ -323,14 +323,16 @@ async fn open_parts(
     };
     let erasing = Erasing::default();
     match node.unfinished().await {
-        Ok(unfinished) => unfinished.iter().for_each(|tombstone| erasing.add(tombstone.key_id, Fate::Erased)),
+        Ok(unfinished) => unfinished.iter().for_each(|tombstone| erasing.entomb(tombstone)),
         Err(error) => {
             close(&[], &keys, Some(&node), root).await;
             return Err(StartError::Erasures(error.to_string()));
         }
     }
     match node.intended().await {
-        Ok(intended) => intended.iter().for_each(|(tombstone, _)| erasing.add(tombstone.key_id, Fate::Replaced)),
+        Ok(intended) => intended
+            .iter()
+            .for_each(|(tombstone, _)| erasing.add(tombstone.key_id, tombstone.id_hash, Fate::Replaced)),
         Err(error) => {
             close(&[], &keys, Some(&node), root).await;
             return Err(StartError::Erasures(error.to_string()));

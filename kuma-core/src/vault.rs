@@ -4,8 +4,9 @@
 //! - A new key is durable in `keys.db` before anything is sealed with it.
 //! - A key leaves this module only to seal or open its own entity's rows.
 
-use std::{sync::Arc, time::SystemTime};
+use std::{collections::HashMap, sync::Arc, time::SystemTime};
 
+use futures_util::{StreamExt, stream};
 use kuma_crypto::{
     DataKey, IdHash, IdSecret, KeyId, MasterKey, Secret32, SigningKey, id_secret_aad, node_key_aad, wrap_aad,
 };
@@ -21,6 +22,8 @@ const AUDIT_SECRET: &str = "audit_key";
 pub(crate) const AUDIT_KEY: KeyId = KeyId(*b"kuma audit log 1");
 /// And under this one the key that signs receipts.
 pub(crate) const NODE_KEY: &str = "node_key";
+
+const UNWRAPPED_AT_ONCE: usize = 16;
 
 pub(crate) struct Vault {
     pub(crate) keys: KeyStore,
@@ -93,6 +96,31 @@ impl Vault {
             return Err(VaultError::KeyDestroyed);
         }
         Ok(DataKey::from(self.master.unwrap(&row.wrapped, &self.aad(entity, key_id)).await?))
+    }
+
+    /// The keys with these names, of these entities, in this order; each as [`Vault::key`] would give it.
+    pub(crate) async fn keys(
+        &self,
+        wanted: &[(EntityHash, KeyId)],
+    ) -> Result<Vec<Result<DataKey, VaultError>>, VaultError> {
+        let names: Vec<[u8; 16]> = wanted.iter().map(|(_, key_id)| key_id.0).collect();
+        let rows = self.keys.get_many(&names).await?;
+        let rows: HashMap<[u8; 16], KeyRow> = rows.into_iter().map(|row| (row.key_id, row)).collect();
+        let key = |(entity, key_id): &(EntityHash, KeyId)| {
+            let (entity, key_id, row) = (*entity, *key_id, rows.get(&key_id.0));
+            async move {
+                match row {
+                    // The audit log's stands elsewhere.
+                    None => self.key(entity, key_id).await,
+                    Some(row) if row.is_destroyed() => Err(VaultError::KeyDestroyed),
+                    Some(row) => {
+                        Ok(DataKey::from(self.master.unwrap(&row.wrapped, &self.aad(entity, key_id)).await?))
+                    }
+                }
+            }
+        };
+        // A key management service is asked for several at once.
+        Ok(stream::iter(wanted).map(key).buffered(UNWRAPPED_AT_ONCE).collect().await)
     }
 
     /// Whether keys are unwrapped in this process.

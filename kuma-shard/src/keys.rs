@@ -260,6 +260,21 @@ impl KeyStore {
         KeyRow::from_row(&row).map_err(|error| self.read_error(error))
     }
 
+    /// Those of these keys that are there; they may be destroyed.
+    ///
+    /// # Errors
+    /// The file cannot be read.
+    pub async fn get_many(&self, key_ids: &[[u8; 16]]) -> Result<Vec<KeyRow>, ReadError> {
+        let names: Vec<String> = key_ids.iter().map(|key_id| format!("\"{}\"", hex::encode(key_id))).collect();
+        let query = sqlx::query(
+            "SELECT key_id, id_hash, wrapped, created_at FROM data_key WHERE key_id IN (SELECT unhex(value) FROM json_each(?))",
+        );
+        let rows = query.bind(format!("[{}]", names.join(","))).fetch_all(&self.database.readers).await;
+        let rows = rows.map_err(|error| self.read_error(error))?;
+        let keys: sqlx::Result<Vec<Option<KeyRow>>> = rows.iter().map(KeyRow::from_row).collect();
+        Ok(keys.map_err(|error| self.read_error(error))?.into_iter().flatten().collect())
+    }
+
     /// Those of these keys that are there and not destroyed.
     ///
     /// # Errors

@@ -333,6 +333,15 @@ impl NodeStore {
         self.tombstones_by(sqlx::query(sqlx::AssertSqlSafe(page)).bind(after).bind(rows_max)).await
     }
 
+    /// The number of the newest tombstone; 0 if there is none.
+    ///
+    /// # Errors
+    /// The file cannot be read.
+    pub async fn newest_tombstone(&self) -> Result<i64, ReadError> {
+        let row = sqlx::query("SELECT coalesce(max(number), 0) FROM tombstone").fetch_one(&self.database.readers).await;
+        row.and_then(|row| row.try_get(0)).map_err(|error| self.read_error(error))
+    }
+
     /// The tombstones of an entity, oldest life first.
     ///
     /// # Errors
