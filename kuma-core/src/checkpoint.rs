@@ -105,8 +105,13 @@ mod tests {
         let text = checkpoint.to_string();
         assert_eq!(text, "07070707070707070707070707070707.5.0.18446744073709551615.3");
         assert_eq!(text.parse(), Ok(checkpoint.clone()));
-        assert_eq!(serde_json::from_str::<Checkpoint>(&serde_json::to_string(&checkpoint).unwrap()).unwrap(), checkpoint);
-        for odd in ["", ".", "07", "07070707070707070707070707070707", &format!("{text}."), &format!("{text}.-1"), "ä.1"] {
+        assert_eq!(
+            serde_json::from_str::<Checkpoint>(&serde_json::to_string(&checkpoint).unwrap()).unwrap(),
+            checkpoint
+        );
+        for odd in
+            ["", ".", "07", "07070707070707070707070707070707", &format!("{text}."), &format!("{text}.-1"), "ä.1"]
+        {
             assert_eq!(odd.parse::<Checkpoint>(), Err(CheckpointError::NotACheckpoint), "{odd}");
         }
     }

@@ -1,7 +1,7 @@
 //! Erasing an entity: one operation, that goes on by itself once it has begun.
 //!
 //! ```text
-//! asked ──audit: requested──► tombstone durable ──► drained ──► key destroyed ──► rows are stubs ──► logs cut ──► audit: completed, receipt
+//! asked ──audit: requested──► tombstone durable ──► drained ──► read models purged ──► key destroyed ──► rows are stubs ──► logs cut ──► audit: completed, receipt
 //!   ▲                              │ from here on the entity answers "erased", and there is no way back
 //!   └── nothing happened           └── after a failure or a crash: begun again here, until it succeeds
 //! ```
@@ -21,15 +21,22 @@ use std::{
 
 use fail::fail_point;
 use futures_util::future::{join_all, try_join_all};
-use kuma_shard::{CommitError, CopyId, EntityHash, EntityRow, ErasedRows, NodeStore, ReceiptRow, Slot, Tombstone};
+use kuma_crypto::KeyId;
+use kuma_shard::{
+    CommitError, CopyId, EntityHash, EntityRow, ErasedRows, NodeStore, Purged, ReceiptRow, Slot, Tombstone,
+};
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use tokio::sync::oneshot;
 
 use crate::{
-    EraseError, ReadError, Reason, Receipt, ReceiptId, Refused, Unavailable,
+    EraseError, ReadError, Reason, Receipt, ReceiptId, Refused, Unavailable, VaultError,
     audit::{AuditEvent, patiently},
     ledger::text_of,
+    model_dir::ModelDir,
+    projections::PurgedModel,
+    projector::PurgedLife,
     receipt::{LastBackups, Statement, StoreOutcome},
+    replay::Opener,
     restore_to::{self, Replaced, RestoreRequest, Restored},
     shard_core::{Erasing, Fate, ShardCore},
     store::{self, Inner},
@@ -159,6 +166,8 @@ struct Job {
     reason: Option<Arc<Reason>>,
     waiting: Vec<Reply>,
     rows: ErasedRows,
+    /// Read models that were purged.
+    models: Vec<PurgedModel>,
     /// The entity as it was found.
     row: Option<EntityRow>,
     /// Why it cannot be finished now.
@@ -168,8 +177,8 @@ struct Job {
 
 impl Job {
     fn new(tombstone: Tombstone, core: Option<Arc<ShardCore>>, reason: Option<Arc<Reason>>) -> Self {
-        let rows = ErasedRows::default();
-        Job { tombstone, core, reason, waiting: Vec::new(), rows, row: None, obstacle: None, receipt: None }
+        let (waiting, rows, models) = (Vec::new(), ErasedRows::default(), Vec::new());
+        Job { tombstone, core, reason, waiting, rows, models, row: None, obstacle: None, receipt: None }
     }
 
     fn entity(&self) -> EntityHash {
@@ -396,6 +405,17 @@ impl EraserState {
         if jobs.is_empty() {
             return;
         }
+        if let Err(error) = purge_models(inner, &mut jobs).await {
+            jobs.iter_mut().for_each(|job| job.block(&error));
+            return self.end(inner, jobs, began);
+        }
+        let (jobs_damaged, jobs_left): (Vec<Job>, Vec<Job>) = jobs.into_iter().partition(|job| job.obstacle.is_some());
+        self.end(inner, jobs_damaged, began);
+        jobs = jobs_left;
+        if jobs.is_empty() {
+            return;
+        }
+        fail_point!("erase.models_purged");
         if let Err(error) = destroy_keys(inner, &jobs).await {
             jobs.iter_mut().for_each(|job| job.block(&error));
             return self.end(inner, jobs, began);
@@ -525,6 +545,53 @@ enum Found {
     ToDo(Box<Job>),
 }
 
+/// Deletes what read models hold of the entities. While there is still a key: rows of a model are found by the id, which is sealed with it. A key
+/// that is destroyed says that this was done.
+async fn purge_models(inner: &Arc<Inner>, jobs: &mut [Job]) -> Result<(), String> {
+    if ModelDir::all(inner.data_dir()).map_err(|error| format!("the files of projections: {error}"))?.is_empty() {
+        return Ok(());
+    }
+    let mut lives = Vec::with_capacity(jobs.len());
+    for job in jobs.iter_mut() {
+        match purged_life(inner, job).await {
+            Ok(life) => lives.extend(life),
+            Err(why) => job.block(&why),
+        }
+    }
+    if lives.is_empty() {
+        return Ok(());
+    }
+    let kinds: HashMap<[u8; 16], Arc<str>> =
+        lives.iter().map(|life: &PurgedLife| (life.key_id, life.entity.kind.clone())).collect();
+    let models = inner.projections().purge(inner.data_dir(), inner.file_options(), lives.into()).await?;
+    for job in jobs.iter_mut() {
+        let kind = kinds.get(&job.tombstone.key_id);
+        let is_concerned = |model: &&PurgedModel| kind.is_some_and(|kind| model.filter.matches_kind(kind));
+        job.models.extend(models.iter().filter(is_concerned).cloned());
+    }
+    Ok(())
+}
+
+/// The life in clear; none where its key is destroyed, or nothing of it is here.
+async fn purged_life(inner: &Inner, job: &Job) -> Result<Option<PurgedLife>, String> {
+    let words = |error: &dyn std::fmt::Display| error.to_string();
+    let Tombstone { key_id, id_hash, .. } = job.tombstone;
+    let Some(core) = &job.core else { return Ok(None) };
+    let lives = core.shard.lives(CopyId::GENESIS, id_hash).await.map_err(|error| words(&error))?;
+    let Some(row) = lives.into_iter().find(|row| row.key_id == key_id && !row.sealed_id.is_empty()) else {
+        return Ok(None);
+    };
+    let key = match inner.vault().key(id_hash, KeyId(key_id)).await {
+        Ok(key) => key,
+        // Then nobody was able to read its events, and no model holds them.
+        Err(VaultError::KeyDestroyed | VaultError::KeyMissing) => return Ok(None),
+        Err(error) => return Err(words(&error)),
+    };
+    let kind = row.kind.clone();
+    let id = Opener { row: Arc::new(row), key }.id()?;
+    Ok(Some(PurgedLife { key_id, entity: Purged { kind, id: id.into(), hash: id_hash } }))
+}
+
 async fn destroy_keys(inner: &Inner, jobs: &[Job]) -> Result<(), CommitError> {
     let keys = &inner.vault().keys;
     keys.destroy(jobs.iter().map(|job| job.tombstone.key_id).collect()).await?;
@@ -548,7 +615,7 @@ async fn cut_logs(jobs: &mut [Job]) {
 
 /// What a receipt says.
 fn state(inner: &Inner, job: &Job, backups: LastBackups) -> Statement {
-    let Job { tombstone, rows, row, core, .. } = job;
+    let Job { tombstone, rows, models, row, core, .. } = job;
     let store = |store: &str, outcome: &str| StoreOutcome {
         store: store.to_owned(),
         outcome: outcome.to_owned(),
@@ -568,6 +635,8 @@ fn state(inner: &Inner, job: &Job, backups: LastBackups) -> Statement {
         },
         None => store(&shard, "held nothing of it"),
     };
+    let mut stores = vec![store("memory", "taken out of memory"), store("keys.db", "key destroyed; log cut"), in_shard];
+    stores.extend(models.iter().map(|model| store(&model.file, model.outcome)));
     Statement {
         format: 0,
         id: job.receipt_id(),
@@ -581,7 +650,7 @@ fn state(inner: &Inner, job: &Job, backups: LastBackups) -> Statement {
         requested_at: text_of(tombstone.at_us),
         completed_at: text_of(inner.now_us()),
         resumed: job.reason.is_none(),
-        stores: vec![store("memory", "taken out of memory"), store("keys.db", "key destroyed; log cut"), in_shard],
+        stores,
         pending: Vec::new(),
         backups,
         public_key: String::new(),

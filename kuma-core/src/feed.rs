@@ -25,7 +25,7 @@ use kuma_shard::{EntityHash, EntityRow, Epoch, LogReader, LogRow, ReadRow, Slot}
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::{
-    Filter, RecordedEvent, ReplayError, VaultError, history,
+    Filter, ReplayError, StoredEvent, VaultError, history,
     kind::{DocumentKind, Kind},
     replay::Opener,
     shard_core::{Fate, ShardCore},
@@ -82,11 +82,8 @@ impl FeedItem {
 /// The wanted events of a commit.
 pub(crate) struct FeedCommit {
     pub(crate) life: Arc<EntityRow>,
-    pub(crate) id: Arc<str>,
     pub(crate) position: u64,
-    pub(crate) seq: u64,
-    pub(crate) at_us: i64,
-    pub(crate) events: Vec<RecordedEvent>,
+    pub(crate) events: Vec<StoredEvent>,
 }
 
 /// A commit that cannot be read: it is damaged, its key is missing, or an upcaster fails on it.
@@ -125,7 +122,10 @@ pub(crate) struct FeedFrom {
 pub(crate) enum Fed {
     Page(FeedPage),
     /// A page cannot be read for now; it is tried again.
-    Trouble { shard: u16, why: String },
+    Trouble {
+        shard: u16,
+        why: String,
+    },
 }
 
 /// Feeds `take` with the log of one shard until the store closes, or `take` wants no more.
@@ -191,7 +191,10 @@ struct Feed {
 }
 
 enum Life {
-    Open { opener: Opener, id: Arc<str> },
+    Open {
+        opener: Opener,
+        id: Arc<str>,
+    },
     /// Its key is destroyed.
     Gone,
     Unreadable(String),
@@ -310,8 +313,17 @@ impl Feed {
         if events.is_empty() {
             return None;
         }
-        let LogRow { position, seq, at_us, .. } = *row;
-        Some(FeedItem::Commit(FeedCommit { life: entity, id, position, seq, at_us, events }))
+        let stored = |event| StoredEvent {
+            slot: row.slot,
+            seq: row.seq,
+            kind: entity.kind.clone(),
+            id: id.clone(),
+            entity: entity.id_hash,
+            life: entity.life,
+            event,
+        };
+        let events = events.into_iter().map(stored).collect();
+        Some(FeedItem::Commit(FeedCommit { position: row.position, events, life: entity }))
     }
 
     fn unreadable(&self, position: u64, entity: Option<EntityHash>, version: Option<u64>, why: String) -> FeedItem {
@@ -323,18 +335,14 @@ impl Feed {
 impl FeedPage {
     /// Takes out what was erased since the page was read, and says whether the rest can be handed on. `told` says of the name of a life's key
     /// whether whoever the page is for knows that this life is erased.
-    pub(crate) async fn settle(
-        &mut self,
-        told: impl Fn(&[u8; 16]) -> bool,
-    ) -> Result<Standing, kuma_shard::ReadError> {
+    pub(crate) async fn settle(&mut self, told: impl Fn(&[u8; 16]) -> bool) -> Result<Standing, kuma_shard::ReadError> {
         let core = self.core.clone();
         let generation = core.generation();
         if generation != self.generation {
             let eids: HashSet<i64> = self.commits().map(|commit| commit.life.eid).collect();
             let erased: HashSet<i64> = core.shard.erased_among(eids).await?.into_iter().collect();
-            let is_gone = |life: &EntityRow| {
-                erased.contains(&life.eid) || core.erasing().fate(life.key_id) == Some(Fate::Erased)
-            };
+            let is_gone =
+                |life: &EntityRow| erased.contains(&life.eid) || core.erasing().fate(life.key_id) == Some(Fate::Erased);
             self.items.retain(|item| !matches!(item, FeedItem::Commit(commit) if is_gone(&commit.life)));
             self.generation = generation;
         }

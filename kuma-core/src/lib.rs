@@ -63,10 +63,14 @@ mod kind;
 mod ledger;
 mod left_out;
 mod live;
+mod model_dir;
+mod model_query;
 mod ndjson;
 mod observe;
 mod options;
 mod projection;
+mod projections;
+mod projector;
 mod receipt;
 mod replay;
 mod reply;
@@ -107,30 +111,34 @@ pub use erase::ErasedMany;
 pub use error::{AppendError, EraseError, ReadError, Refused, ReplayError, StartError, Unavailable, VaultError};
 pub use evolution::Upcasters;
 pub use execute::{Execute, Executing};
+pub use export::{ExportError, ExportProgress};
 pub use feed::Unreadable;
 pub use filter::Filter;
-pub use export::{ExportError, ExportProgress};
 pub use handle::{Current, Handle, RawHandle};
 pub use history::{Direction, History};
 pub use identity::slot_of;
 pub use import::{Import, ImportError, ImportProblem, ImportProgress, ImportReport};
 pub use kuma_crypto::{LocalMasterKey, MasterKey, MasterKeyError, PublicKey};
 pub use kuma_shard::{
-    CommitError, CopyError, DataDirError, Durability, EntityHash, NotWritten, OpenError, ReadError as StorageError,
-    ShardReport, Slot, StatsView, rusqlite,
+    CommitError, CopyError, DataDirError, Durability, EntityHash, ModelError, NotWritten, OpenError, QueryError,
+    ReadError as StorageError, ShardReport, Skipped, Slot, StatsView, rusqlite,
 };
 pub use ledger::{LedgerError, LedgerSummary};
+pub use model_dir::ModelBuild;
+pub use model_query::{Answer, AsOf, Query};
 pub use ndjson::{LineProblem, Manifest};
 pub use options::{MasterKeySource, Options};
 pub use projection::{ApplyError, ErasureRule, Projection, StoredEvent};
+pub use projections::{ModelStatus, ProjectionError, ProjectionHandle, ProjectionStatus};
+pub use projector::{ProjectionFailure, ProjectionState};
 pub use receipt::{LastBackups, Reason, Receipt, ReceiptError, ReceiptId, Statement, StoreOutcome};
 pub use restore::{Restore, RestoreError, RestoreProgress, RestoreReport, RestoreStep, RestoreWarning};
 pub use restore_to::Restored;
 pub use retry::Outcome;
 pub use scrub::ScrubStats;
 pub use sequence::Sequence;
-pub use subscribe::{Delivery, Erased, Start, Subscribe, SubscribeError, Subscription};
 pub use store::{Kuma, ShardStats, Stats};
+pub use subscribe::{Delivery, Erased, Start, Subscribe, SubscribeError, Subscription};
 pub use time_travel::{Change, Diff};
 pub use verify::{EventName, ShardVerification, Verification};
 pub use verify_receipt::{Check, ReceiptVerification};

@@ -35,6 +35,7 @@ impl Tally {
 
 /// Handles made once, so that nothing is looked up on the way of an append.
 pub(crate) struct CoreMetrics {
+    store: String,
     committed: Counter,
     repeated: Counter,
     rejected: Counter,
@@ -73,11 +74,13 @@ pub(crate) struct ScrubMetrics {
 impl CoreMetrics {
     pub(crate) fn new(store: &str) -> Self {
         describe();
+        let name = store.to_owned();
         let store = || store.to_owned();
         let write = |result: &'static str| counter!("kuma_writes_total", "store" => store(), "result" => result);
         let activations = |from: &'static str| counter!("kuma_activations_total", "store" => store(), "from" => from);
         let reasons = [Misfit::Schema, Misfit::Damaged, Misfit::Undecodable, Misfit::NotInLog, Misfit::Unreadable];
         CoreMetrics {
+            store: name,
             committed: write("committed"),
             repeated: write("repeated"),
             rejected: write("rejected"),
@@ -132,6 +135,19 @@ impl CoreMetrics {
         self.replayed_commits.increment(commits);
     }
 
+    /// Events were applied to a read model.
+    pub(crate) fn projected(&self, projection: &str, events: u64) {
+        let labels = || [("store", self.store.clone()), ("projection", projection.to_owned())];
+        counter!("kuma_projected_events_total", &labels()).increment(events);
+    }
+
+    /// How late a projection is, and whether it stands still at an event.
+    pub(crate) fn projection_lag(&self, projection: &str, lag: Duration, failed: bool) {
+        let labels = || [("store", self.store.clone()), ("projection", projection.to_owned())];
+        gauge!("kuma_projection_lag_seconds", &labels()).set(lag.as_secs_f64());
+        gauge!("kuma_projection_failed", &labels()).set(f64::from(u8::from(failed)));
+    }
+
     pub(crate) fn snapshot_ignored(&self, why: Misfit) {
         self.snapshots_ignored.add(1);
         if let Some((_, counter)) = self.ignored.iter().find(|(reason, _)| *reason == why) {
@@ -155,6 +171,13 @@ fn describe() {
     describe_counter!("kuma_erasures_total", "Erasures that were completed, or interrupted and go on by themselves");
     describe_gauge!("kuma_erasures_unfinished", "Erasures that have begun and are not complete");
     describe_histogram!("kuma_erase_seconds", Unit::Seconds, "From the tombstone to the receipt");
+    describe_counter!("kuma_projected_events_total", "Events applied to read models");
+    describe_gauge!(
+        "kuma_projection_lag_seconds",
+        Unit::Seconds,
+        "Age of the oldest event that a projection has not applied"
+    );
+    describe_gauge!("kuma_projection_failed", "Whether a projection stands still at an event");
     describe_counter!("kuma_scrub_commits_total", "Commits read and verified in the background");
     describe_counter!("kuma_scrub_bytes_total", Unit::Bytes, "Bytes of commits read and verified in the background");
     describe_counter!("kuma_scrub_bad_rows_total", "Damaged rows that the scrub found");

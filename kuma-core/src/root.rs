@@ -5,7 +5,9 @@
 //!      ├─ writer of each shard
 //!      ├─ entity supervisor of each shard ── entities
 //!      ├─ snapshotter
-//!      └─ scrub
+//!      ├─ scrub
+//!      ├─ eraser
+//!      └─ each projection ── projector of each of its model files
 //! ```
 //!
 //! Invariants:
@@ -20,6 +22,9 @@ use ractor::{Actor, ActorCell, ActorId, ActorProcessingErr, ActorRef, SpawnErr, 
 use tokio::sync::oneshot;
 
 use crate::{shard_core::ShardCore, supervisor::EntitySupervisor};
+
+/// The reason of a child that has come to its end.
+pub(crate) const DONE: &str = "done";
 
 pub(crate) enum RootMessage {
     /// Starts the entity supervisor of a shard.
@@ -71,8 +76,10 @@ impl Actor for Root {
         event: SupervisionEvent,
         state: &mut RootState,
     ) -> Result<(), ActorProcessingErr> {
-        let (SupervisionEvent::ActorFailed(child, _) | SupervisionEvent::ActorTerminated(child, _, _)) = event else {
-            return Ok(());
+        let child = match event {
+            SupervisionEvent::ActorTerminated(_, _, Some(reason)) if reason == DONE => return Ok(()),
+            SupervisionEvent::ActorFailed(child, _) | SupervisionEvent::ActorTerminated(child, _, _) => child,
+            _ => return Ok(()),
         };
         if state.stopping {
             return Ok(());
@@ -88,7 +95,7 @@ impl Actor for Root {
                 }
             }
             None => tracing::error!(
-                "a writer, the snapshotter or the scrub ended; what it did is not done until the store is opened again"
+                "a writer, the snapshotter, the scrub, the eraser or a projection ended; what it did is not done until the store is opened again"
             ),
         }
         Ok(())

@@ -170,11 +170,6 @@ impl ShardCore {
         &self.erasing
     }
 
-    /// Lives of an entity that are on their way out.
-    pub(crate) fn ending_lives(&self, entity: EntityHash) -> Vec<[u8; 16]> {
-        self.erasing.lives_of(entity)
-    }
-
     /// Whether this life is on its way out, so that its rows are of no interest to anybody.
     pub(crate) fn is_ending(&self, life: &EntityRow) -> bool {
         self.erasing.fate(life.key_id).is_some()

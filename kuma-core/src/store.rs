@@ -25,6 +25,7 @@ use crate::{
     kind::{DocumentKind, Kind, TypedKind},
     live::Clock,
     observe::CoreMetrics,
+    projections::Projections,
     root::{Root, RootMessage},
     scan::FileReader,
     scrub::{NextPage, Scrub, ScrubArguments, ScrubStats},
@@ -71,6 +72,8 @@ struct Parts {
     shut_down: OnceCell<()>,
     data_dir: DataDir,
     file_reader: FileReader,
+    file_options: FileOptions,
+    projections: Projections,
 }
 
 /// A shard in [`Stats`].
@@ -154,6 +157,7 @@ impl Kuma {
             }
         }
         let (root, _) = Actor::spawn(None, Root, ()).await.map_err(|error| StartError::Actors(error.to_string()))?;
+        let file_options = file.clone();
         let opened = open_parts(&options, &data_dir, &shards, file, master, is_new, &root).await;
         let (common, shards) = match opened {
             Ok(opened) => opened,
@@ -186,6 +190,8 @@ impl Kuma {
             shut_down: OnceCell::new(),
             data_dir,
             file_reader: options.file_reader,
+            file_options,
+            projections: Projections::default(),
         };
         let inner = Arc::new(Inner { limits: options.limits, parts: Arc::new(parts), kinds: RwLock::default() });
         if let Err(error) = inner.start_eraser().await {
@@ -330,9 +336,9 @@ async fn open_parts(
         }
     }
     match node.intended().await {
-        Ok(intended) => intended
-            .iter()
-            .for_each(|(tombstone, _)| erasing.add(tombstone.key_id, tombstone.id_hash, Fate::Replaced)),
+        Ok(intended) => {
+            intended.iter().for_each(|(tombstone, _)| erasing.add(tombstone.key_id, tombstone.id_hash, Fate::Replaced))
+        }
         Err(error) => {
             close(&[], &keys, Some(&node), root).await;
             return Err(StartError::Erasures(error.to_string()));
@@ -542,6 +548,19 @@ impl Inner {
         &self.parts.file_reader
     }
 
+    pub(crate) fn file_options(&self) -> &FileOptions {
+        &self.parts.file_options
+    }
+
+    pub(crate) fn projections(&self) -> &Projections {
+        &self.parts.projections
+    }
+
+    /// What supervises.
+    pub(crate) fn root_cell(&self) -> ractor::ActorCell {
+        self.parts.root.get_cell()
+    }
+
     pub(crate) fn disk_id(&self) -> DiskId {
         self.parts.data_dir.disk_id()
     }
@@ -614,6 +633,7 @@ impl Parts {
             // What it is at comes to its end, or is gone on with when the store is opened again.
             let _ = eraser.stop_and_wait(None, None).await;
         }
+        self.projections.close().await;
         if let Some(scrub) = &self.scrub {
             // It holds on to the shards.
             let _ = scrub.stop_and_wait(None, None).await;

@@ -21,15 +21,15 @@ use std::{
 };
 
 use futures_util::{Stream, stream};
-use kuma_shard::{CopyId, EntityHash, Slot, Tombstone};
+use kuma_shard::{CopyId, EntityHash, EntityRow, Slot, Tombstone};
 use tokio::{
     sync::{Semaphore, mpsc, watch},
     task::JoinSet,
 };
 
 use crate::{
-    Checkpoint, CheckpointError, Filter, Kuma, ReceiptId, RecordedEvent, StoredEvent, Unreadable,
-    feed::{Fed, FeedFrom, FeedItem, FeedPage, PAGES_AHEAD, Standing, feed},
+    Checkpoint, CheckpointError, Filter, Kuma, ReceiptId, StoredEvent, Unreadable,
+    feed::{Fed, FeedCommit, FeedFrom, FeedItem, FeedPage, PAGES_AHEAD, Standing, feed},
     micros,
     store::Inner,
 };
@@ -222,16 +222,9 @@ struct Current {
 
 /// What is left of a commit.
 struct CommitRest {
-    slot: Slot,
-    seq: u64,
-    kind: Arc<str>,
-    id: Arc<str>,
-    entity: EntityHash,
-    life: u32,
-    eid: i64,
-    key_id: [u8; 16],
+    life: Arc<EntityRow>,
     position: u64,
-    events: vec::IntoIter<RecordedEvent>,
+    events: vec::IntoIter<StoredEvent>,
 }
 
 impl Subscription {
@@ -453,10 +446,11 @@ impl Current {
             let rest = std::mem::take(&mut self.items);
             self.page.items.extend(rest);
         }
-        if self.commit.is_some() && self.page.is_stale() {
-            let (eid, key_id) = self.commit.as_ref().map_or((0, [0; 16]), |commit| (commit.eid, commit.key_id));
+        if self.page.is_stale() {
             let core = &self.page.core;
-            if core.erasing().fate(key_id).is_some() || !core.shard.erased_among([eid]).await?.is_empty() {
+            if let Some(CommitRest { life, .. }) = &self.commit
+                && (core.is_ending(life) || !core.shard.erased_among([life.eid]).await?.is_empty())
+            {
                 self.commit = None;
             }
         }
@@ -471,17 +465,8 @@ impl Current {
         loop {
             if let Some(commit) = &mut self.commit {
                 if let Some(event) = commit.events.next() {
-                    let is_last = commit.events.len() == 0;
-                    let position = is_last.then_some(commit.position);
-                    let CommitRest { slot, seq, entity, life, .. } = *commit;
-                    let (kind, id) = (commit.kind.clone(), commit.id.clone());
-                    if is_last {
-                        self.commit = None;
-                    }
-                    return Some((
-                        Delivery::Event(StoredEvent { slot, seq, kind, id, entity, life, event }),
-                        position,
-                    ));
+                    let position = (commit.events.len() == 0).then_some(commit.position);
+                    return Some((Delivery::Event(event), position));
                 }
                 self.commit = None;
             }
@@ -489,20 +474,8 @@ impl Current {
                 FeedItem::Unreadable { position, unreadable } => {
                     return Some((Delivery::Unreadable(unreadable), Some(position)));
                 }
-                FeedItem::Commit(commit) => {
-                    let life = &commit.life;
-                    self.commit = Some(CommitRest {
-                        slot: life.slot,
-                        seq: commit.seq,
-                        kind: life.kind.clone(),
-                        id: commit.id,
-                        entity: life.id_hash,
-                        life: life.life,
-                        eid: life.eid,
-                        key_id: life.key_id,
-                        position: commit.position,
-                        events: commit.events.into_iter(),
-                    });
+                FeedItem::Commit(FeedCommit { life, position, events }) => {
+                    self.commit = Some(CommitRest { life, position, events: events.into_iter() });
                 }
             }
         }

@@ -113,9 +113,7 @@ impl Vault {
                     // The audit log's stands elsewhere.
                     None => self.key(entity, key_id).await,
                     Some(row) if row.is_destroyed() => Err(VaultError::KeyDestroyed),
-                    Some(row) => {
-                        Ok(DataKey::from(self.master.unwrap(&row.wrapped, &self.aad(entity, key_id)).await?))
-                    }
+                    Some(row) => Ok(DataKey::from(self.master.unwrap(&row.wrapped, &self.aad(entity, key_id)).await?)),
                 }
             }
         };

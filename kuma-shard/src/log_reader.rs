@@ -21,7 +21,8 @@ const LARGE_BYTES_MAX: usize = 4 << 20;
 /// Entities that are remembered between two pages.
 const ENTITIES_MAX: usize = 1 << 16;
 
-const PAGE: &str = "SELECT position, slot, seq, eid, version, count, at, epoch, append_key, checksum, length(body) AS bytes,
+const PAGE: &str =
+    "SELECT position, slot, seq, eid, version, count, at, epoch, append_key, checksum, length(body) AS bytes,
      CASE WHEN length(body) <= 32768 THEN body ELSE x'' END AS body
      FROM log NOT INDEXED WHERE position > ? AND position <= ? ORDER BY position LIMIT ?";
 
@@ -183,7 +184,8 @@ impl Shard {
     /// The file cannot be read.
     pub async fn time_behind(&self, after: u64) -> Result<Option<i64>, ReadError> {
         self.check_readable()?;
-        let query = sqlx::query("SELECT at FROM log NOT INDEXED WHERE position > ? AND at > 0 ORDER BY position LIMIT 1");
+        let query =
+            sqlx::query("SELECT at FROM log NOT INDEXED WHERE position > ? AND at > 0 ORDER BY position LIMIT 1");
         let row = query.bind(after.cast_signed()).fetch_optional(self.feeders()).await;
         row.and_then(|row| row.map(|row| row.try_get(0)).transpose()).map_err(|error| self.read_error(error))
     }

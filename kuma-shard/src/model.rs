@@ -266,8 +266,7 @@ impl ModelFile {
                 Some(_) => return Err(ModelError::MigrationChanged { path: path.clone(), number }),
                 None => {}
             }
-            let transaction =
-                connection.transaction_with_behavior(TransactionBehavior::Immediate).map_err(failed)?;
+            let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate).map_err(failed)?;
             guard.set(Rights::Migrate);
             let migrated = transaction.execute_batch(script);
             guard.set(Rights::Engine);
@@ -370,9 +369,7 @@ impl ModelFile {
         let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate).map_err(failed)?;
         let before = transaction.total_changes();
         for entity in entities {
-            transaction
-                .execute("DELETE FROM kuma_skipped WHERE entity = ?", [entity.hash.to_hex()])
-                .map_err(failed)?;
+            transaction.execute("DELETE FROM kuma_skipped WHERE entity = ?", [entity.hash.to_hex()]).map_err(failed)?;
         }
         guard.set(Rights::Apply);
         let purged = purge_all(&transaction, sql, entities);
@@ -494,7 +491,11 @@ mod tests {
     }
 
     fn at(position: u64) -> ModelProgress {
-        ModelProgress { positions: [(0, (position, 1))].into(), places: [(Slot::new(7), (position, Epoch::FIRST))].into(), ..ModelProgress::default() }
+        ModelProgress {
+            positions: [(0, (position, 1))].into(),
+            places: [(Slot::new(7), (position, Epoch::FIRST))].into(),
+            ..ModelProgress::default()
+        }
     }
 
     fn count(file: &ModelFile) -> i64 {
@@ -554,7 +555,8 @@ mod tests {
             file.apply(&at(round), |model| {
                 (0..200).try_for_each(|person| {
                     let id = format!("{:04}-needle-{person:03}", (person * 7919 + round * 104_729) % 10_000);
-                    let insert = "INSERT INTO person VALUES (?1, 'name of ' || ?1) ON CONFLICT DO UPDATE SET name = name || '!'";
+                    let insert =
+                        "INSERT INTO person VALUES (?1, 'name of ' || ?1) ON CONFLICT DO UPDATE SET name = name || '!'";
                     model.execute(insert, [id]).map(drop)
                 })
             })

@@ -301,7 +301,8 @@ mod tests {
     #[test]
     fn a_query_answers_with_rows_and_how_far_the_model_has_read() {
         let (_directory, reader) = model();
-        let answer = ask(&reader, "SELECT a, b FROM t WHERE a > ? ORDER BY a", &QueryParameters::Positional(vec![1.into()]));
+        let answer =
+            ask(&reader, "SELECT a, b FROM t WHERE a > ? ORDER BY a", &QueryParameters::Positional(vec![1.into()]));
         let answer = answer.unwrap();
         assert_eq!(answer.columns, ["a", "b"]);
         assert_eq!(answer.rows, [vec![2.into(), "y".to_owned().into()], vec![3.into(), Value::Null]]);
