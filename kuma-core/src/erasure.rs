@@ -31,6 +31,7 @@ use tokio::sync::oneshot;
 use crate::{
     EraseError, ReadError, Reason, Receipt, ReceiptId, Refused, Unavailable, VaultError,
     audit::{AuditEvent, patiently},
+    durable::DurableSubscriptions,
     ledger::text_of,
     model_dir::ModelDir,
     projections::PurgedModel,
@@ -46,6 +47,8 @@ use crate::{
 const BATCH_MAX: usize = 256;
 /// How long an entity has to come to an end with what it was asked. One that takes longer (its code hangs) keeps no other waiting.
 const DRAIN_MAX: Duration = Duration::from_secs(5);
+/// How long durable subscriptions that are being consumed have to confirm an erasure before its receipt says that they have not.
+const CONFIRM_MAX: Duration = Duration::from_secs(5);
 /// How long until an erasure that failed is tried again; each time twice as long, up to a minute: a shard that is out of use stays so.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 const RETRIES_DOUBLED: u32 = 6;
@@ -60,6 +63,8 @@ pub(crate) enum EraserMessage {
     Flush,
     /// Go on with what is not finished.
     Resume,
+    /// A subscriber has confirmed the erasures whose tombstones have these numbers: the ones behind `after`, up to `last`.
+    Confirmed { who: String, after: i64, last: i64, done: oneshot::Sender<()> },
 }
 
 impl ractor::Message for EraserMessage {} // local only
@@ -148,6 +153,14 @@ impl Actor for Eraser {
                 state.resume_queued = false;
                 state.resume().await;
             }
+            EraserMessage::Confirmed { who, after, last, done } => {
+                if let Err(error) = state.confirm(&who, after, last).await {
+                    // Then it is done again when the subscription is opened again.
+                    tracing::warn!(%who, %error, "that an erasure was confirmed could not be noted in its receipt yet");
+                } else {
+                    let _ = done.send(());
+                }
+            }
         }
         if state.owing && !state.resume_queued {
             state.resume_queued = true;
@@ -168,6 +181,8 @@ struct Job {
     rows: ErasedRows,
     /// Read models that were purged.
     models: Vec<PurgedModel>,
+    /// Subscribers that have not confirmed.
+    pending: Vec<String>,
     /// The entity as it was found.
     row: Option<EntityRow>,
     /// Why it cannot be finished now.
@@ -177,8 +192,8 @@ struct Job {
 
 impl Job {
     fn new(tombstone: Tombstone, core: Option<Arc<ShardCore>>, reason: Option<Arc<Reason>>) -> Self {
-        let (waiting, rows, models) = (Vec::new(), ErasedRows::default(), Vec::new());
-        Job { tombstone, core, reason, waiting, rows, models, row: None, obstacle: None, receipt: None }
+        let (waiting, rows, models, pending) = (Vec::new(), ErasedRows::default(), Vec::new(), Vec::new());
+        Job { tombstone, core, reason, waiting, rows, models, pending, row: None, obstacle: None, receipt: None }
     }
 
     fn entity(&self) -> EntityHash {
@@ -431,10 +446,42 @@ impl EraserState {
         fail_point!("erase.rows_erased");
         cut_logs(&mut jobs).await;
         fail_point!("erase.logs_cut");
+        if let Err(error) = ask_subscribers(inner, &mut jobs).await {
+            jobs.iter_mut().for_each(|job| job.block(&error));
+        }
         if let Err(error) = self.attest(inner, &mut jobs).await {
             jobs.iter_mut().for_each(|job| job.block(&error));
         }
         self.end(inner, jobs, began);
+    }
+
+    /// Has receipts say that a subscriber has confirmed what they say is pending.
+    async fn confirm(&self, who: &str, mut after: i64, last: i64) -> Result<(), String> {
+        let Some(inner) = self.store.upgrade() else { return Err("the store is closing".to_owned()) };
+        let words = |error: &dyn std::fmt::Display| error.to_string();
+        loop {
+            let page = self.node.tombstones(after, BATCH_MAX as u32).await.map_err(|error| words(&error))?;
+            let mut renewed = Vec::new();
+            for (_, tombstone) in page.iter().filter(|(number, _)| *number <= last) {
+                let Tombstone { receipt_id, key_id, .. } = *tombstone;
+                let body = self.node.receipt(receipt_id).await.map_err(|error| words(&error))?;
+                // One that is not there yet is made when the subscriber has confirmed.
+                let Some(Ok(receipt)) = body.map(|body| body.parse::<Receipt>()) else { continue };
+                if let Some(receipt) =
+                    receipt.confirmed_by(who, inner.vault().node_key()).map_err(|error| words(&error))?
+                {
+                    let body = serde_json::to_string(&receipt).map_err(|error| words(&error))?;
+                    renewed.push(ReceiptRow { receipt_id, key_id, body });
+                }
+            }
+            if !renewed.is_empty() {
+                self.node.renew(renewed).await.map_err(|error| words(&error))?;
+            }
+            match page.last() {
+                Some((number, _)) if *number < last && page.len() == BATCH_MAX => after = *number,
+                _ => return Ok(()),
+            }
+        }
     }
 
     /// Looks for receipts from a former life of this store: those stay.
@@ -548,7 +595,8 @@ enum Found {
 /// Deletes what read models hold of the entities. While there is still a key: rows of a model are found by the id, which is sealed with it. A key
 /// that is destroyed says that this was done.
 async fn purge_models(inner: &Arc<Inner>, jobs: &mut [Job]) -> Result<(), String> {
-    if ModelDir::all(inner.data_dir()).map_err(|error| format!("the files of projections: {error}"))?.is_empty() {
+    let models = ModelDir::all(inner.data_dir()).map_err(|error| format!("the files of projections: {error}"))?;
+    if models.is_empty() && !DurableSubscriptions::exist(inner.data_dir())? {
         return Ok(());
     }
     let mut lives = Vec::with_capacity(jobs.len());
@@ -561,6 +609,8 @@ async fn purge_models(inner: &Arc<Inner>, jobs: &mut [Job]) -> Result<(), String
     if lives.is_empty() {
         return Ok(());
     }
+    let entities: Vec<Purged> = lives.iter().map(|life| life.entity.clone()).collect();
+    inner.durables().purge(inner, &entities).await?;
     let kinds: HashMap<[u8; 16], Arc<str>> =
         lives.iter().map(|life: &PurgedLife| (life.key_id, life.entity.kind.clone())).collect();
     let models = inner.projections().purge(inner.data_dir(), inner.file_options(), lives.into()).await?;
@@ -613,6 +663,28 @@ async fn cut_logs(jobs: &mut [Job]) {
     }
 }
 
+/// Finds out which durable subscriptions have not confirmed.
+async fn ask_subscribers(inner: &Arc<Inner>, jobs: &mut [Job]) -> Result<(), String> {
+    if !DurableSubscriptions::exist(inner.data_dir())? {
+        return Ok(());
+    }
+    let mut asked = Vec::new();
+    for (index, job) in jobs.iter().enumerate() {
+        let Some(row) = job.row.as_ref().filter(|_| job.obstacle.is_none()) else { continue };
+        let number = inner.node().tombstone_number(job.tombstone.key_id).await.map_err(|error| error.to_string())?;
+        asked.push((index, row.kind.clone(), number.unwrap_or_default()));
+    }
+    let erasures: Vec<(Arc<str>, i64)> = asked.iter().map(|(_, kind, number)| (kind.clone(), *number)).collect();
+    let until = tokio::time::Instant::now() + CONFIRM_MAX;
+    let pending = inner.durables().unconfirmed(inner, &erasures, until).await?;
+    for ((index, ..), pending) in asked.into_iter().zip(pending) {
+        if let Some(job) = jobs.get_mut(index) {
+            job.pending = pending;
+        }
+    }
+    Ok(())
+}
+
 /// What a receipt says.
 fn state(inner: &Inner, job: &Job, backups: LastBackups) -> Statement {
     let Job { tombstone, rows, models, row, core, .. } = job;
@@ -651,7 +723,7 @@ fn state(inner: &Inner, job: &Job, backups: LastBackups) -> Statement {
         completed_at: text_of(inner.now_us()),
         resumed: job.reason.is_none(),
         stores,
-        pending: Vec::new(),
+        pending: job.pending.clone(),
         backups,
         public_key: String::new(),
     }

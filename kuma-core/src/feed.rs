@@ -138,8 +138,7 @@ pub(crate) async fn feed(
 ) {
     let mut end = core.shard.end();
     let mut after = from.after;
-    let reader = LogReader::new(core.shard.clone());
-    let mut feed = Feed { core, from, reader, lives: HashMap::new(), generation: 0, kinds: HashMap::new() };
+    let mut feed = Feed::new(core, from);
     let mut failures = 0;
     loop {
         if *end.borrow_and_update() <= after {
@@ -178,6 +177,16 @@ pub(crate) async fn feed(
     }
 }
 
+/// Reads the commit at this position, if it is not erased.
+pub(crate) async fn read_one(inner: &Inner, shard: u16, position: u64) -> Result<Option<FeedItem>, String> {
+    let core = inner.core_of_shard(shard).ok_or("its shard is out of use")?;
+    let from = FeedFrom { filter: Arc::new(Filter::default()), after: position.saturating_sub(1), since_us: i64::MIN };
+    let mut feed = Feed::new(core, from);
+    let room = Arc::new(Semaphore::new(1)).acquire_owned().await.map_err(|error| error.to_string())?;
+    let page = feed.page(inner, position.saturating_sub(1), position, room).await.map_err(|error| error.to_string())?;
+    Ok(page.items.into_iter().next())
+}
+
 struct Feed {
     core: Arc<ShardCore>,
     from: FeedFrom,
@@ -201,6 +210,11 @@ enum Life {
 }
 
 impl Feed {
+    fn new(core: Arc<ShardCore>, from: FeedFrom) -> Self {
+        let reader = LogReader::new(core.shard.clone());
+        Feed { core, from, reader, lives: HashMap::new(), generation: 0, kinds: HashMap::new() }
+    }
+
     async fn page(
         &mut self,
         inner: &Inner,

@@ -33,7 +33,7 @@
 //! - Data never passes through a `serde_json::Value`, which would sort its fields and know nothing of binary.
 //! - No message says what stands in a line, only where: lines hold personal data, and messages go to logs.
 
-mod transcode;
+pub(crate) mod transcode;
 
 use std::{borrow::Cow, fmt};
 

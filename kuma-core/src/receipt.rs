@@ -94,7 +94,8 @@ pub struct Statement {
     pub resumed: bool,
     /// What became of it in each store.
     pub stores: Vec<StoreOutcome>,
-    /// Subscribers and projections that have not confirmed. Always empty in a complete receipt.
+    /// Durable subscriptions whose consumers have not confirmed: what they keep elsewhere may still be there. When the last one has, the receipt of
+    /// this name is complete; ask for it again.
     pub pending: Vec<String>,
     /// The newest backups that were made before: they hold sealed bytes, or the wrapped key.
     pub backups: LastBackups,
@@ -157,6 +158,27 @@ impl Receipt {
         receipt.public_key = key.public().to_string();
         let signature = key.sign(SIGNED_AS, &serde_json::to_vec(&receipt)?).to_string();
         Ok(Receipt { receipt, signature })
+    }
+
+    /// Whether everybody who was told has confirmed. Whatever the store itself held is gone in any case.
+    pub fn is_complete(&self) -> bool {
+        self.receipt.pending.is_empty()
+    }
+
+    /// The receipt after a subscriber has confirmed; none if it does not wait for that one.
+    pub(crate) fn confirmed_by(&self, who: &str, key: &SigningKey) -> Result<Option<Self>, serde_json::Error> {
+        let mut statement = self.receipt.clone();
+        statement.pending.retain(|pending| pending != who);
+        match statement.pending.len() == self.receipt.pending.len() {
+            true => Ok(None),
+            false => Receipt::sign(statement, key).map(Some),
+        }
+    }
+
+    /// Whether it is the receipt of the same erasure, and only says of more or fewer subscribers that they have not confirmed.
+    pub(crate) fn agrees_with(&self, other: &Receipt) -> bool {
+        let but_pending = |receipt: &Receipt| Statement { pending: Vec::new(), ..receipt.receipt.clone() };
+        but_pending(self) == but_pending(other)
     }
 
     /// The key that the receipt says it was signed with.

@@ -20,6 +20,7 @@ use tokio::sync::{OnceCell, oneshot};
 use crate::{
     Entity, Handle, Options, RawHandle, Refused, StartError, Unavailable, VaultError,
     body::Limits,
+    durable::DurableSubscriptions,
     erasure::{Eraser, EraserMessage, EraserState},
     identity::Identity,
     kind::{DocumentKind, Kind, TypedKind},
@@ -74,6 +75,7 @@ struct Parts {
     file_reader: FileReader,
     file_options: FileOptions,
     projections: Projections,
+    durables: DurableSubscriptions,
 }
 
 /// A shard in [`Stats`].
@@ -192,6 +194,7 @@ impl Kuma {
             file_reader: options.file_reader,
             file_options,
             projections: Projections::default(),
+            durables: DurableSubscriptions::default(),
         };
         let inner = Arc::new(Inner { limits: options.limits, parts: Arc::new(parts), kinds: RwLock::default() });
         if let Err(error) = inner.start_eraser().await {
@@ -556,6 +559,10 @@ impl Inner {
         &self.parts.projections
     }
 
+    pub(crate) fn durables(&self) -> &DurableSubscriptions {
+        &self.parts.durables
+    }
+
     /// What supervises.
     pub(crate) fn root_cell(&self) -> ractor::ActorCell {
         self.parts.root.get_cell()
@@ -572,7 +579,12 @@ impl Inner {
 
     /// The shard of a slot, unless it is out of use.
     pub(crate) fn core_of_slot(&self, slot: Slot) -> Option<Arc<ShardCore>> {
-        match self.parts.shards.get(usize::from(slot.shard(self.parts.data_dir.shards())))? {
+        self.core_of_shard(slot.shard(self.parts.data_dir.shards()))
+    }
+
+    /// The shard with this number, unless it is out of use.
+    pub(crate) fn core_of_shard(&self, shard: u16) -> Option<Arc<ShardCore>> {
+        match self.parts.shards.get(usize::from(shard))? {
             ShardSlot::Open(core) => Some(core.clone()),
             ShardSlot::OutOfUse(_) => None,
         }
@@ -634,6 +646,7 @@ impl Parts {
             let _ = eraser.stop_and_wait(None, None).await;
         }
         self.projections.close().await;
+        self.durables.close().await;
         if let Some(scrub) = &self.scrub {
             // It holds on to the shards.
             let _ = scrub.stop_and_wait(None, None).await;

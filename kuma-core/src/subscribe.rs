@@ -215,6 +215,8 @@ pub struct Subscription {
 /// A page that is being handed out.
 struct Current {
     page: FeedPage,
+    /// The position of the commit of which something was handed out last.
+    at: u64,
     items: vec::IntoIter<FeedItem>,
     commit: Option<CommitRest>,
     settled: bool,
@@ -333,6 +335,11 @@ impl Subscription {
         ends.iter().zip(&self.checkpoint.positions).map(|(end, position)| end.saturating_sub(*position)).sum()
     }
 
+    /// The shard and the position of the commit of which something was handed out last.
+    pub(crate) fn last_place(&self) -> Option<(u16, u64)> {
+        self.current.as_ref().map(|current| (current.page.core.shard.number(), current.at))
+    }
+
     pub(crate) fn kuma(&self) -> &Kuma {
         &self.kuma
     }
@@ -341,7 +348,7 @@ impl Subscription {
         // What is erased meanwhile is told first.
         self.untold |= self.told.has_changed().unwrap_or(false);
         let items = std::mem::take(&mut page.items);
-        self.current = Some(Current { page, items: items.into_iter(), commit: None, settled: false });
+        self.current = Some(Current { page, at: 0, items: items.into_iter(), commit: None, settled: false });
     }
 
     /// What can be handed out now.
@@ -465,6 +472,7 @@ impl Current {
         loop {
             if let Some(commit) = &mut self.commit {
                 if let Some(event) = commit.events.next() {
+                    self.at = commit.position;
                     let position = (commit.events.len() == 0).then_some(commit.position);
                     return Some((Delivery::Event(event), position));
                 }

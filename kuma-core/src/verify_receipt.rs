@@ -120,6 +120,9 @@ impl Kuma {
             Some(body) if body.parse::<Receipt>().is_ok_and(|stored| stored == *receipt) => {
                 Ok("holds the tombstone and this receipt".to_owned())
             }
+            Some(body) if body.parse::<Receipt>().is_ok_and(|stored| stored.agrees_with(receipt)) => {
+                Ok("holds the tombstone and a receipt that agrees; subscribers have confirmed since".to_owned())
+            }
             Some(_) => Err("holds another receipt of this erasure".to_owned()),
         }
     }

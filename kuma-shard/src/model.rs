@@ -32,6 +32,9 @@ const REWRITE_IN_MEMORY_BYTES: u64 = 256 << 20;
 /// Prepared statements that are kept.
 const STATEMENTS_KEPT: usize = 256;
 
+const SET_META: &str =
+    "INSERT INTO kuma_meta(name, value) VALUES (?, ?) ON CONFLICT(name) DO UPDATE SET value = excluded.value";
+
 const TABLES: &str = "
 CREATE TABLE kuma_meta(name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT, WITHOUT ROWID;
 CREATE TABLE kuma_position(shard INTEGER PRIMARY KEY, position INTEGER NOT NULL, events INTEGER NOT NULL) STRICT;
@@ -126,6 +129,8 @@ pub struct ModelProgress {
     pub places: HashMap<Slot, (u64, Epoch)>,
     /// Events that were passed over.
     pub skipped: Vec<Skipped>,
+    /// What the file says of itself from then on.
+    pub meta: Vec<(&'static str, String)>,
 }
 
 /// An event that was passed over by command.
@@ -220,6 +225,22 @@ impl ModelFile {
         Ok(ModelFile { path: path.to_owned(), connection, guard })
     }
 
+    /// From now on each transaction is synced before it is acknowledged.
+    ///
+    /// # Errors
+    /// SQLite says no.
+    pub fn sync_each_commit(&self) -> Result<(), ModelError> {
+        self.connection.execute_batch("PRAGMA synchronous = FULL").map_err(|error| self.failed(error))
+    }
+
+    /// Reads something in the tables of the model.
+    ///
+    /// # Errors
+    /// The file cannot be read.
+    pub fn read<T>(&self, read: impl FnOnce(&Connection) -> rusqlite::Result<T>) -> Result<T, ModelError> {
+        read(&self.connection).map_err(|error| self.failed(error))
+    }
+
     /// Where it is.
     pub fn path(&self) -> &Path {
         &self.path
@@ -243,9 +264,7 @@ impl ModelFile {
     /// # Errors
     /// The file cannot be written.
     pub fn set_meta(&self, name: &str, value: &str) -> Result<(), ModelError> {
-        let set =
-            "INSERT INTO kuma_meta(name, value) VALUES (?, ?) ON CONFLICT(name) DO UPDATE SET value = excluded.value";
-        self.connection.execute(set, (name, value)).map(drop).map_err(|error| self.failed(error))
+        self.connection.execute(SET_META, (name, value)).map(drop).map_err(|error| self.failed(error))
     }
 
     /// Executes those scripts that were not executed yet, each in a transaction.
@@ -461,6 +480,9 @@ fn note(transaction: &Transaction<'_>, progress: &ModelProgress) -> rusqlite::Re
     )?;
     for (slot, (seq, epoch)) in &progress.places {
         checkpoint.execute((slot.number(), seq.cast_signed(), epoch.to_i64()))?;
+    }
+    for (name, value) in &progress.meta {
+        transaction.execute(SET_META, (name, value))?;
     }
     for Skipped { at_us, shard, position, entity, version, why } in &progress.skipped {
         transaction.execute(

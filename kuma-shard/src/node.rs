@@ -3,7 +3,7 @@
 //!
 //! Invariants:
 //! - A tombstone is durable before anything of its entity is destroyed: from then on there is no way back, only forward.
-//! - Tombstones and receipts are only added. A tombstone names the key, not only the entity: a later life has a new key.
+//! - Tombstones and receipts are only added; a receipt is renewed when a subscriber confirms what it says is pending. A tombstone names the key, not only the entity: a later life has a new key.
 //! - An erasure is unfinished from its tombstone on until its receipt, in the same transactions.
 //! - There is no personal data in it.
 
@@ -101,6 +101,8 @@ pub(crate) enum Change {
     Finish(Vec<ReceiptRow>),
     /// Receipts of erasures that another life of this store had finished.
     Keep(Vec<ReceiptRow>),
+    /// Receipts that say more than those that there are.
+    Renew(Vec<ReceiptRow>),
     Backup {
         what: &'static str,
         at_us: i64,
@@ -111,7 +113,7 @@ impl table_book::Change for Change {
     fn bytes(&self) -> usize {
         match self {
             Change::Entomb(tombstones) => tombstones.len() * 128,
-            Change::Finish(receipts) | Change::Keep(receipts) => {
+            Change::Finish(receipts) | Change::Keep(receipts) | Change::Renew(receipts) => {
                 receipts.iter().map(|receipt| receipt.body.len() + 64).sum()
             }
             Change::Backup { .. } | Change::Intend(..) | Change::GiveUp(_) => 64,
@@ -156,6 +158,16 @@ impl table_book::Change for Change {
                     if finishes {
                         unfinished("DELETE FROM unfinished WHERE key_id = ?", key_id, connection).await?;
                     }
+                }
+            }
+            Change::Renew(receipts) => {
+                for ReceiptRow { receipt_id, body, .. } in receipts {
+                    let find = sqlx::query("SELECT body FROM receipt WHERE receipt_id = ?").bind(receipt_id.to_vec());
+                    let Some(row) = find.fetch_optional(&mut *connection).await? else { continue };
+                    digest.subtract(&receipt_hash(receipt_id, row.try_get(0)?));
+                    digest.add(&receipt_hash(receipt_id, body));
+                    let renew = sqlx::query("UPDATE receipt SET body = ? WHERE receipt_id = ?");
+                    renew.bind(body.clone()).bind(receipt_id.to_vec()).execute(&mut *connection).await?;
                 }
             }
             Change::Backup { what, at_us } => {
@@ -270,6 +282,14 @@ impl NodeStore {
         self.database.change(Change::Keep(receipts)).await
     }
 
+    /// Puts receipts in the place of those of the same names; durable when this returns. One that there is none of is not added.
+    ///
+    /// # Errors
+    /// None was written, or that is unknown; send them again.
+    pub async fn renew(&self, receipts: Vec<ReceiptRow>) -> Result<(), CommitError> {
+        self.database.change(Change::Renew(receipts)).await
+    }
+
     /// Notes that the life with the key of `tombstone` is about to be replaced by the one with the key `next_key_id`: should that come to pass,
     /// it is to be erased. Ended by the tombstone, or by [`NodeStore::give_up`].
     ///
@@ -331,6 +351,16 @@ impl NodeStore {
     pub async fn tombstones(&self, after: i64, rows_max: u32) -> Result<Vec<(i64, Tombstone)>, ReadError> {
         let page = format!("SELECT {COLUMNS} FROM tombstone WHERE number > ? ORDER BY number LIMIT ?");
         self.tombstones_by(sqlx::query(sqlx::AssertSqlSafe(page)).bind(after).bind(rows_max)).await
+    }
+
+    /// The number of the tombstone that names this key.
+    ///
+    /// # Errors
+    /// The file cannot be read.
+    pub async fn tombstone_number(&self, key_id: [u8; 16]) -> Result<Option<i64>, ReadError> {
+        let query = sqlx::query("SELECT number FROM tombstone WHERE key_id = ?").bind(key_id.to_vec());
+        let row = query.fetch_optional(&self.database.readers).await.map_err(|error| self.read_error(error))?;
+        row.map(|row| row.try_get(0)).transpose().map_err(|error| self.read_error(error))
     }
 
     /// The number of the newest tombstone; 0 if there is none.

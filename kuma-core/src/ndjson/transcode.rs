@@ -195,7 +195,7 @@ fn fits(number: &str) -> bool {
 ///
 /// # Errors
 /// It has no such form: keys that are not text, extension types, or too many levels. `out` is left with a part of it.
-pub(super) fn unpack(data: &[u8], out: &mut Vec<u8>) -> Result<(), rmp_serde::decode::Error> {
+pub(crate) fn unpack(data: &[u8], out: &mut Vec<u8>) -> Result<(), rmp_serde::decode::Error> {
     let mut deserializer = rmp_serde::Deserializer::from_read_ref(data);
     deserializer.set_max_depth(DEPTH_MAX + 1);
     Unpacker { out }.deserialize(&mut deserializer)
