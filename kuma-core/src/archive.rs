@@ -15,6 +15,7 @@ use crate::{
     export::Export,
     ledger::text_of,
     ndjson::{LINE_BYTES_MAX, write_archive},
+    projections::{HeldRows, held_rows},
     replay::Opener,
     shard_core::ShardCore,
 };
@@ -42,8 +43,8 @@ enum Part<'a> {
     State { version: u64, data: Option<serde_json::Value> },
     /// The state as it is saved to spare replays: MessagePack, base64.
     Snapshot { version: u64, schema: String, bytes: String },
-    /// Read models that hold something of it. There are none yet.
-    Projections { projections: [(); 0] },
+    /// What read models hold of it.
+    Projections { projections: Vec<HeldRows> },
 }
 
 /// Idempotency keys that are counted.
@@ -124,7 +125,12 @@ impl RawHandle {
                 export.part(&Part::Snapshot { version: snapshot.version, schema, bytes })?;
             }
         }
-        export.part(&Part::Projections { projections: [] })
+        let who = self.who().map_err(ReadError::from)?;
+        let (kind, id) = (row.kind.clone(), who.identity.id.to_string());
+        let (data_dir, options) = (self.store().data_dir().to_owned(), self.store().file_options().clone());
+        let held = tokio::task::spawn_blocking(move || held_rows(&data_dir, &options, &kind, &id)).await;
+        let held = held.map_err(std::io::Error::other).and_then(|held| held).map_err(ExportError::Models)?;
+        export.part(&Part::Projections { projections: held })
     }
 }
 

@@ -655,7 +655,7 @@ async fn destroy_keys(inner: &Inner, jobs: &[Job]) -> Result<(), CommitError> {
 async fn cut_logs(jobs: &mut [Job]) {
     let shards: BTreeMap<u16, Arc<ShardCore>> =
         jobs.iter().filter_map(|job| job.core.clone()).map(|core| (core.shard.number(), core)).collect();
-    let cut = shards.into_iter().map(async |(number, core)| (number, core.shard.truncate_log().await));
+    let cut = shards.into_iter().map(|(number, core)| async move { (number, core.shard.truncate_log().await) });
     for (number, cut) in join_all(cut).await {
         let Err(error) = cut else { continue };
         let is_of = |job: &&mut Job| job.core.as_ref().is_some_and(|core| core.shard.number() == number);

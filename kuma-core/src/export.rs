@@ -72,6 +72,9 @@ pub enum ExportError {
         /// What an import reads.
         bytes_max: usize,
     },
+    /// What read models hold of the entity cannot be read. Only of an archive.
+    #[error("what read models hold of the entity cannot be read: {0}")]
+    Models(#[source] io::Error),
     /// The writer failed; nothing is wrong with the store.
     #[error("the export cannot be written: {0}")]
     Write(#[source] io::Error),

@@ -48,15 +48,19 @@ pub struct Answer {
 impl Answer {
     /// The rows as a JSON array of objects. Binary values become base64, of columns of the same name the last one counts.
     pub fn json(&self) -> serde_json::Value {
-        let value = |value: &Value| match value {
-            Value::Null => serde_json::Value::Null,
-            Value::Integer(integer) => (*integer).into(),
-            Value::Real(real) => (*real).into(),
-            Value::Text(text) => text.as_str().into(),
-            Value::Blob(blob) => BASE64_STANDARD.encode(blob).into(),
-        };
-        let row = |row: &Vec<Value>| self.columns.iter().cloned().zip(row.iter().map(value)).collect();
+        let row = |row: &Vec<Value>| self.columns.iter().cloned().zip(row.iter().cloned().map(json)).collect();
         serde_json::Value::Array(self.rows.iter().map(row).map(serde_json::Value::Object).collect())
+    }
+}
+
+/// A value as JSON has it; binary ones in base64.
+pub(crate) fn json(value: Value) -> serde_json::Value {
+    match value {
+        Value::Null => serde_json::Value::Null,
+        Value::Integer(integer) => integer.into(),
+        Value::Real(real) => real.into(),
+        Value::Text(text) => text.into(),
+        Value::Blob(blob) => BASE64_STANDARD.encode(blob).into(),
     }
 }
 

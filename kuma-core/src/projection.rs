@@ -84,7 +84,6 @@ impl ErasureRule {
     pub(crate) fn sql(&self) -> String {
         match self {
             ErasureRule::Columns { columns } => {
-                let quoted = |name: &str| format!("\"{}\"", name.replace('"', "\"\""));
                 let delete = |(table, column): &(String, String)| {
                     format!("DELETE FROM {} WHERE {} = :entity;\n", quoted(table), quoted(column))
                 };
@@ -128,6 +127,11 @@ pub trait Projection: Send + Sync + 'static {
     fn source(&self) -> Option<&str> {
         None
     }
+}
+
+/// A name as SQL has it.
+pub(crate) fn quoted(name: &str) -> String {
+    format!("\"{}\"", name.replace('"', "\"\""))
 }
 
 /// Whether this can be the name of a projection or a subscription: it names a file.

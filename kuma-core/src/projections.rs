@@ -28,10 +28,10 @@ use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
 use tokio::sync::oneshot;
 
 use crate::{
-    ErasureRule, Filter, Kuma, Projection, ProjectionState,
+    ErasureRule, Filter, Kuma, Projection, ProjectionState, SqlProjection,
     model_dir::{ModelBuild, ModelDir, Served},
-    model_query::{Query, ServedModel, lag, open},
-    projection::is_name,
+    model_query::{Query, ServedModel, json, lag, open},
+    projection::{is_name, quoted},
     projector::{Projector, ProjectorArguments, ProjectorMessage, ProjectorView, PurgeRequest, PurgeRule, PurgedLife},
     root::DONE,
     store::Inner,
@@ -171,6 +171,8 @@ struct Shared {
 #[derive(Clone, Default)]
 struct View {
     version: u32,
+    /// The version of the model that is to be served: an older one after a rollback.
+    wanted: u32,
     serving: Option<(ModelBuild, Option<Arc<ProjectorView>>)>,
     building: Option<(ModelBuild, Arc<ProjectorView>)>,
     previous: Option<ModelBuild>,
@@ -324,16 +326,17 @@ impl ProjectionHandle {
     /// The store is shutting down.
     pub async fn status(&self) -> Result<ProjectionStatus, ProjectionError> {
         let store = self.store()?;
-        let View { version, serving, building, previous } = self.shared.view.lock().clone();
+        let View { version, serving, building, previous, .. } = self.shared.view.lock().clone();
         let status = |model: ModelBuild, view: Option<&Arc<ProjectorView>>| ModelStatus {
             model,
             state: view.map(|view| view.state()),
             events: view.map_or(0, |view| view.events.load(Relaxed)),
         };
-        let positions = match &serving {
-            Some((_, Some(view))) => view.positions.borrow().clone(),
-            // It stands still; whoever queries it is told how late it is.
-            _ => building.as_ref().map_or_else(Vec::new, |(_, view)| view.positions.borrow().clone()),
+        let positions = match (&serving, &building) {
+            (Some((_, Some(view))), _) | (None, Some((_, view))) => view.positions.borrow().clone(),
+            // It stands still.
+            (Some((model, None)), _) => self.positions_of(&store, *model).await?,
+            (None, None) => vec![0; self.shared.shards],
         };
         let (commits_behind, lag) = lag(&store, &positions).await;
         Ok(ProjectionStatus {
@@ -345,6 +348,19 @@ impl ProjectionHandle {
             lag,
             commits_behind,
         })
+    }
+
+    /// How far a model has read that nobody feeds.
+    async fn positions_of(&self, store: &Arc<Inner>, model: ModelBuild) -> Result<Vec<u64>, ProjectionError> {
+        let path = ModelDir::of(store.data_dir(), &self.shared.name).file(model);
+        let (options, mut positions) = (store.file_options().clone(), vec![0; self.shared.shards]);
+        let read = blocking(move || ModelFile::open(&path, &options)?.positions()).await?;
+        for (shard, (position, _)) in read {
+            if let Some(at) = positions.get_mut(usize::from(shard)) {
+                *at = position;
+            }
+        }
+        Ok(positions)
     }
 
     /// Returns when the model of the current version is served and has applied everything that was durable when this was called.
@@ -360,7 +376,7 @@ impl ProjectionHandle {
             loop {
                 let serving = {
                     let view = self.shared.view.lock();
-                    view.serving.clone().filter(|(model, _)| view.building.is_none() && model.version == view.version)
+                    view.serving.clone().filter(|(model, _)| view.building.is_none() && model.version == view.wanted)
                 };
                 match serving {
                     Some((_, Some(view))) if reached(&view, &ends).await => return,
@@ -709,7 +725,8 @@ impl CoordinatorState {
         let file = self.open_file(build).await?;
         let source = file.meta("source")?;
         let _ = file.close();
-        Ok(source.filter(|source| !source.is_empty()).and_then(|_source| None)) // SQLPROJ
+        let parsed = source.filter(|source| !source.is_empty()).map(|source| SqlProjection::parse(&source));
+        Ok(parsed.and_then(Result::ok).map(|projection| Arc::new(projection) as Arc<dyn Projection>))
     }
 
     /// Begins to build a model of the registered version, or goes on with one that was begun.
@@ -817,8 +834,13 @@ impl CoordinatorState {
         let view = ProjectorView::of(&file, self.shared.shards)?;
         let paused = file.meta("paused")?.as_deref() == Some("1");
         let caught_up = {
-            let me = me.clone();
-            Box::new(move || drop(me.cast(ProjectionMessage::CaughtUp(build))))
+            let (me, shared) = (me.clone(), self.shared.clone());
+            let is_served = move || shared.served.load().as_ref().is_some_and(|served| served.build == build);
+            Box::new(move || {
+                if !is_served() {
+                    let _ = me.cast(ProjectionMessage::CaughtUp(build));
+                }
+            })
         };
         let arguments = ProjectorArguments {
             store: self.shared.store.clone(),
@@ -900,8 +922,11 @@ impl CoordinatorState {
 
     fn publish(&self) {
         let view = |model: &Model| model.fed.as_ref().map(|(_, view)| view.clone());
+        let version = self.definition.as_ref().map_or(0, |definition| definition.version());
+        let rolled_back = self.serving.as_ref().filter(|_| self.served.rolled_back);
         *self.shared.view.lock() = View {
-            version: self.definition.as_ref().map_or(0, |definition| definition.version()),
+            version,
+            wanted: rolled_back.map_or(version, |model| model.build.version),
             serving: self.serving.as_ref().map(|model| (model.build, view(model))),
             building: self.building.as_ref().and_then(|model| Some((model.build, view(model)?))),
             previous: self.served.previous,
@@ -1192,4 +1217,59 @@ async fn purge_unknown(
         }
     }
     Ok(purged)
+}
+
+/// What one read model holds of an entity, for an archive.
+#[derive(serde::Serialize)]
+pub(crate) struct HeldRows {
+    projection: String,
+    /// Which model.
+    model: ModelBuild,
+    /// The table; none where the model is purged by statements, which do not say where they find the entity.
+    table: Option<String>,
+    rows: Vec<serde_json::Map<String, serde_json::Value>>,
+}
+
+/// What the models of all projections hold of an entity, as far as their erasure rules say where.
+pub(crate) fn held_rows(
+    data_dir: &std::path::Path,
+    options: &FileOptions,
+    kind: &str,
+    id: &str,
+) -> std::io::Result<Vec<HeldRows>> {
+    let mut held = Vec::new();
+    for (projection, dir) in ModelDir::all(data_dir)? {
+        for model in dir.builds()? {
+            let file = ModelFile::open(&dir.file(model), options).map_err(std::io::Error::other)?;
+            let meta = |name| file.meta(name).map(Option::unwrap_or_default).map_err(std::io::Error::other);
+            let filter: Filter = serde_json::from_str(&meta("filter")?)?;
+            let erasure: ErasureRule = serde_json::from_str(&meta("erasure")?)?;
+            let projection = projection.clone();
+            match erasure {
+                _ if !filter.matches_kind(kind) => {}
+                ErasureRule::None { .. } => {}
+                ErasureRule::Statements { .. } => {
+                    held.push(HeldRows { projection, model, table: None, rows: Vec::new() });
+                }
+                ErasureRule::Columns { columns } => {
+                    for (table, column) in columns {
+                        let select = format!("SELECT * FROM {} WHERE {} = ?", quoted(&table), quoted(&column));
+                        let rows = file.read(|connection| {
+                            let mut statement = connection.prepare(&select)?;
+                            let columns: Vec<String> =
+                                statement.column_names().into_iter().map(str::to_owned).collect();
+                            let rows = statement.query_map([id], |row| {
+                                let value = |(index, name): (usize, &String)| Ok((name.clone(), json(row.get(index)?)));
+                                columns.iter().enumerate().map(value).collect()
+                            })?;
+                            rows.collect()
+                        });
+                        let (rows, table) = (rows.map_err(std::io::Error::other)?, Some(table));
+                        held.push(HeldRows { projection: projection.clone(), model, table, rows });
+                    }
+                }
+            }
+        }
+    }
+    Ok(held)
 }

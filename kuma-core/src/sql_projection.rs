@@ -779,7 +779,7 @@ mod tests {
         for (statement, column, words) in [
             ("INSERT INTO nosuch VALUES (1)", 13, "no such table: nosuch"),
             ("INSERT INTO t (a, c) VALUES (1, 2)", 19, "no column named c"),
-            ("UPDATE t SET a = é.b", 20, "no such column: é.b"),
+            ("UPDATE t SET a = é.b", 18, "no such column: é.b"),
             ("UPDATE t SET a = \"x\"", 18, "no such column"),
             ("UPDATE t SET a = b, b = nosuch(a)", 25, "no such function: nosuch"),
             ("UPDATE t SET a = abs(b, b)", 18, "wrong number of arguments"),
@@ -799,7 +799,7 @@ mod tests {
         assert_refused(&text, (6, 1), "the view cannot be read: no such column: c");
         assert_refused(
             &format!("{HEAD}{TABLE}CREATE TABLE T (a);\n-- on k.E\nDELETE FROM t;"),
-            (5, 1),
+            (5, 14),
             "already exists",
         );
     }

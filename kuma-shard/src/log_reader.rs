@@ -12,12 +12,14 @@ use sqlx::{Row, sqlite::SqliteRow};
 
 use crate::{BadRow, EntityHash, EntityRow, LogRow, ReadError, Shard, log_row};
 
-/// Rows of one page.
+/// Rows of one page, at most and at least; as many as made [`PAGE_BYTES`] in the page before.
 const PAGE_ROWS: u32 = 512;
+const PAGE_ROWS_MIN: u32 = 16;
+const PAGE_BYTES: usize = 1 << 20;
+/// The row that exceeds it is the last of its page.
+const PAGE_BYTES_MAX: usize = 4 << 20;
 /// A larger body is fetched by itself, so that a page of the largest rows is no more than 16 MiB.
 const INLINE_BYTES: u32 = 32 << 10;
-/// Larger bodies together: the one that exceeds it is the last of its page.
-const LARGE_BYTES_MAX: usize = 4 << 20;
 /// Entities that are remembered between two pages.
 const ENTITIES_MAX: usize = 1 << 16;
 
@@ -50,12 +52,13 @@ pub struct LogPage {
 pub struct LogReader {
     shard: Shard,
     entities: HashMap<i64, Arc<EntityRow>>,
+    rows_max: u32,
 }
 
 impl LogReader {
     /// Of this shard.
     pub fn new(shard: Shard) -> Self {
-        LogReader { shard, entities: HashMap::new() }
+        LogReader { shard, entities: HashMap::new(), rows_max: PAGE_ROWS }
     }
 
     /// Forgets entities that were read before: some may have been erased.
@@ -76,25 +79,34 @@ impl LogReader {
         wanted: impl Fn(&EntityRow) -> bool,
     ) -> Result<LogPage, ReadError> {
         self.shard.check_readable()?;
-        let query = sqlx::query(PAGE).bind(after.cast_signed()).bind(end.cast_signed()).bind(PAGE_ROWS);
+        let query = sqlx::query(PAGE).bind(after.cast_signed()).bind(end.cast_signed()).bind(self.rows_max);
         let rows = query.fetch_all(self.shard.feeders()).await.map_err(|error| self.shard.read_error(error))?;
-        let full = rows.len() == PAGE_ROWS as usize;
+        let full = rows.len() == self.rows_max as usize;
         self.learn(&rows).await?;
         let mut page = LogPage { rows: Vec::with_capacity(rows.len()), bad: None, last: after };
-        let mut large = 0;
+        let mut bytes = 0;
         for row in &rows {
             let position = page.last + 1;
-            match self.check(row, position, &wanted, &mut large).await? {
-                Ok(read) => page.rows.push(read),
+            match self.check(row, position, &wanted).await? {
+                Ok(read) => {
+                    bytes += read.row.body.len();
+                    page.rows.push(read);
+                }
                 Err(bad) => {
                     page.bad = Some(bad);
                     return Ok(page);
                 }
             }
             page.last = position;
-            if large > LARGE_BYTES_MAX {
-                return Ok(page);
+            if bytes > PAGE_BYTES_MAX {
+                break;
             }
+        }
+        let read = page.rows.len();
+        let fits = PAGE_BYTES / (bytes / read.max(1)).max(1);
+        self.rows_max = u32::try_from(fits).unwrap_or(PAGE_ROWS).clamp(PAGE_ROWS_MIN, PAGE_ROWS);
+        if read < rows.len() {
+            return Ok(page);
         }
         if !full && page.last < end {
             let detail = "was committed and is not there".to_owned();
@@ -133,7 +145,6 @@ impl LogReader {
         row: &SqliteRow,
         expected: u64,
         wanted: &impl Fn(&EntityRow) -> bool,
-        large: &mut usize,
     ) -> Result<Result<ReadRow, BadRow>, ReadError> {
         let read_error = |error| self.shard.read_error(error);
         let position = row.try_get::<i64, _>("position").map_err(read_error)?.cast_unsigned();
@@ -161,7 +172,6 @@ impl LogReader {
                 let (whole, hash, _) = log_row::parse(&row, &entity).map_err(read_error)?;
                 // It may be a stub by now, with a checksum of its own.
                 let checksum: i64 = row.try_get("checksum").map_err(read_error)?;
-                *large += whole.body.len();
                 read = whole;
                 if hash.checksum() != checksum {
                     return bad(Some(entity.id_hash), "does not match its checksum");

@@ -30,8 +30,6 @@ const TIME_MAX: Duration = Duration::from_secs(5);
 const INSTRUCTIONS: i32 = 10_000;
 /// Pages of the database in memory: 64 MiB.
 const PAGES_MAX: u32 = 16_384;
-/// How often a statement is prepared to find the place of an error in it.
-const TRIES_MAX: usize = 32;
 
 const PURE: &str = "a model has to be the same when it is built again, so nothing in it may depend on the clock or on chance; use `:at` for the time of the event, or give the event what it needs";
 const NO_TRANSACTIONS: &str = "Kuma commits the model together with how far it has read, so statements do not begin, end or undo transactions; take it away";
@@ -243,14 +241,14 @@ impl<'a> Checker<'a> {
         };
         may_stand_in(sql, section).and_then(|()| is_pure(sql)).map_err(in_file)?;
         has_known_parameters(sql, section).map_err(in_file)?;
-        let mut prepared = self.connection.prepare(sql).map_err(|error| in_file(self.refusal(sql, &error)))?;
+        let mut prepared = self.connection.prepare(sql).map_err(|error| in_file(Self::refusal(sql, &error)))?;
         if section != Section::Tables && (prepared.readonly() || prepared.is_explain() != 0) {
             return Err(Problem::new(Part::Forbidden, range.start, NO_EFFECT));
         }
         if prepared.column_count() > 0 {
             return Err(in_file(Problem::new(Part::Forbidden, word_at(sql, "RETURNING"), NO_ROWS)));
         }
-        then(&mut prepared).map_err(|error| in_file(self.refusal(sql, &error)))?;
+        then(&mut prepared).map_err(|error| in_file(Self::refusal(sql, &error)))?;
         let parameters = (1..=prepared.parameter_count()).map(|index| {
             let name = prepared.parameter_name(index).and_then(|name| name.strip_prefix(':'));
             name.and_then(|name| section.parameters().iter().find(|parameter| parameter.name() == name)).copied()
@@ -263,7 +261,7 @@ impl<'a> Checker<'a> {
     }
 
     /// What SQLite has against a statement, in words that help, at the place that they are about.
-    fn refusal(&self, sql: &str, error: &rusqlite::Error) -> Problem {
+    fn refusal(sql: &str, error: &rusqlite::Error) -> Problem {
         let said = words(error);
         if error.sqlite_error_code() == Some(ErrorCode::OperationInterrupted) {
             let reason = format!(
@@ -277,42 +275,12 @@ impl<'a> Checker<'a> {
         {
             return Problem::new(Part::Forbidden, token.at, OWN_TABLES);
         }
-        if error.sqlite_error_code() == Some(ErrorCode::AuthorizationForStatementDenied) {
+        if error.sqlite_error_code() == Some(ErrorCode::AuthorizationForStatementDenied)
+            || said.starts_with("not authorized")
+        {
             return denied(sql, &said);
         }
-        Problem::new(Part::Sql, self.place(sql, &said), said)
-    }
-
-    /// Where in a statement the thing is that SQLite's words are about; the beginning, if that cannot be told.
-    fn place(&self, sql: &str, said: &str) -> usize {
-        const BEFORE_NAMES: [&str; 8] = [
-            "no such column: ",
-            "no such table: ",
-            "no such function: ",
-            "ambiguous column name: ",
-            "has no column named ",
-            "arguments to function ",
-            "misuse of aggregate: ",
-            "duplicate column name: ",
-        ];
-        // It is in the words as it is in the text, and what is before it is no statement yet, but no error either.
-        if let Some(text) = said.strip_prefix("near \"").and_then(|rest| rest.strip_suffix("\": syntax error")) {
-            let is_it = |token: &Token<'_>| {
-                let until = sql.get(..token.end()).unwrap_or_default();
-                self.connection.prepare(until).is_err_and(|error| words(&error) == said)
-            };
-            let found = significant(sql).filter(|token| token.text == text).take(TRIES_MAX).find(is_it);
-            return found.map_or(0, |token| token.at);
-        }
-        if let Some(text) = said.strip_prefix("unrecognized token: \"").and_then(|rest| rest.strip_suffix('"')) {
-            return significant(sql).find(|token| token.text == text).map_or(0, |token| token.at);
-        }
-        let named = BEFORE_NAMES.iter().find_map(|before| said.split_once(before)).map_or("", |(_, name)| name);
-        let name = named.split([' ', '(']).next().unwrap_or_default();
-        let name = name.rsplit('.').next().unwrap_or_default().trim_matches('"');
-        let is_name = |token: &Token<'_>| matches!(token.kind, TokenKind::Word | TokenKind::Name);
-        let mut tokens = significant(sql).filter(is_name);
-        tokens.find(|token| token.unquoted().eq_ignore_ascii_case(name)).map_or(0, |token| token.at)
+        Problem::new(Part::Sql, place(sql, error), said)
     }
 }
 
@@ -320,9 +288,25 @@ impl<'a> Checker<'a> {
 fn words(error: &rusqlite::Error) -> String {
     match error {
         rusqlite::Error::SqliteFailure(_, Some(said)) => said.clone(),
+        rusqlite::Error::SqlInputError { msg, .. } => msg.clone(),
         rusqlite::Error::MultipleStatement => "it is more than one statement".to_owned(),
         other => other.to_string(),
     }
+}
+
+/// Where in a statement the thing is that SQLite's words are about; the beginning, if that cannot be told.
+fn place(sql: &str, error: &rusqlite::Error) -> usize {
+    if let rusqlite::Error::SqlInputError { offset, .. } = error {
+        return usize::try_from(*offset).unwrap_or(0);
+    }
+    // SQLite gives no place for those, but a name.
+    let said = words(error);
+    let before_names = ["no such table: ", "has no column named ", "duplicate column name: "];
+    let named = before_names.iter().find_map(|before| said.split_once(before)).map_or("", |(_, name)| name);
+    let name = named.rsplit('.').next().unwrap_or_default();
+    let is_name = |token: &Token<'_>| matches!(token.kind, TokenKind::Word | TokenKind::Name);
+    let mut tokens = significant(sql).filter(is_name);
+    tokens.find(|token| token.unquoted().eq_ignore_ascii_case(name)).map_or(0, |token| token.at)
 }
 
 /// Where this keyword is in a statement; the beginning, if it is not in there.
