@@ -6,10 +6,12 @@
 // A guide says `unwrap` in tests.
 #![allow(clippy::unwrap_used)]
 
-use std::collections::VecDeque;
+use std::{collections::VecDeque, time::Duration};
 
 use kuma_core::{
-    Direction, ExecuteError, Handle, Kuma, NewEvent, ReadError, Reason, Refused, Sequence, Version,
+    ApplyError, Delivery, Direction, ErasureRule, ExecuteError, Filter, Handle, Kuma, NewEvent, Projection, ReadError,
+    Reason, Refused, Sequence, SqlProjection, Start, StoredEvent, Version,
+    rusqlite::Transaction,
     testing::{Corpus, TestStore, given},
 };
 
@@ -163,6 +165,84 @@ async fn undo(kuma: &Kuma) -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
+async fn follow(kuma: &Kuma) -> Result<(), Box<dyn std::error::Error>> {
+    let mut events = kuma.subscribe(Filter::kind("account")).from(Start::Beginning).open().await?;
+    while let Some(delivery) = events.next_of_now().await? {
+        match delivery {
+            Delivery::Event(stored) => println!("{} {} {}", stored.id, stored.event.version, stored.event.name),
+            Delivery::Erased(erased) => println!("forget {}", erased.entity.to_hex()),
+            Delivery::Unreadable(commit) => println!("position {}: {}", commit.position, commit.why),
+        }
+    }
+    let checkpoint = events.checkpoint().to_string(); // go on from here another time
+    assert!(checkpoint.len() < 200);
+    Ok(())
+}
+
+fn send_mail(_stored: &StoredEvent) -> Result<(), &'static str> {
+    Err("there is no mail server")
+}
+
+async fn consume(kuma: &Kuma) -> Result<(), Box<dyn std::error::Error>> {
+    let mut mailer = kuma.durable_subscription("mailer", Filter::event("account", "Withdrawn")).open().await?;
+    match mailer.next().await? {
+        Delivery::Event(stored) => match send_mail(&stored) {
+            Ok(()) => mailer.ack().await?,       // everything that was handed out
+            Err(why) => mailer.park(why).await?, // put aside; the next ones go on
+        },
+        Delivery::Erased(_) => mailer.ack().await?, // what you keep of it is gone: that is what you confirm
+        Delivery::Unreadable(_) => mailer.ack().await?,
+    }
+    Ok(())
+}
+
+async fn project(kuma: &Kuma) -> Result<(), Box<dyn std::error::Error>> {
+    let balances = SqlProjection::parse(
+        "-- projection: balances
+         -- version: 1
+         -- erasure: column balance.account
+         CREATE TABLE balance(account TEXT PRIMARY KEY, amount INTEGER NOT NULL) STRICT;
+
+         -- on account.Deposited
+         INSERT INTO balance VALUES (:entity, :data ->> 'amount')
+         ON CONFLICT(account) DO UPDATE SET amount = amount + excluded.amount;
+
+         -- on account.Withdrawn
+         UPDATE balance SET amount = amount - (:data ->> 'amount') WHERE account = :entity;",
+    )?;
+    let balances = kuma.projection(balances).await?;
+    balances.caught_up(Duration::from_secs(10)).await?;
+    let answer = balances.query("SELECT * FROM balance WHERE amount > :least").bind_named("least", 10).run().await?;
+    println!("{} (as of {:?} ago)", answer.json(), answer.as_of.lag);
+    kuma.projection(Turnover).await?.caught_up(Duration::from_secs(10)).await?;
+    Ok(())
+}
+
+struct Turnover;
+
+impl Projection for Turnover {
+    fn name(&self) -> &str {
+        "turnover"
+    }
+    fn version(&self) -> u32 {
+        1
+    }
+    fn filter(&self) -> Filter {
+        Filter::kind("account")
+    }
+    fn erasure(&self) -> ErasureRule {
+        ErasureRule::none("sums over all accounts")
+    }
+    fn migrations(&self) -> Vec<String> {
+        vec!["CREATE TABLE turnover(name TEXT PRIMARY KEY, events INTEGER NOT NULL) STRICT".to_owned()]
+    }
+    fn apply(&self, model: &Transaction<'_>, stored: &StoredEvent) -> Result<(), ApplyError> {
+        let count = "INSERT INTO turnover VALUES (?, 1) ON CONFLICT(name) DO UPDATE SET events = events + 1";
+        model.prepare_cached(count)?.execute([&stored.event.name])?;
+        Ok(())
+    }
+}
+
 const CORPUS: &str = r#"
 {"type":"Deposited","schema":1,"bytes":"81a6616d6f756e7405","data":{"amount":5}}
 {"type":"Withdrawn","schema":1,"bytes":"81a6616d6f756e7405","data":{"amount":5}}
@@ -213,6 +293,9 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     // As `KUMA_CORPUS=update` leaves it.
     std::fs::write("tests/corpus/account.ndjson", CORPUS)?;
     tests().await;
+    follow(&store).await?;
+    consume(&store).await?;
+    project(&store).await?;
     forget(&store).await?;
     let other = store.entity::<Account>("acc_002");
     for _ in 0..3 {

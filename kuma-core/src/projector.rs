@@ -662,6 +662,9 @@ fn apply_item(
             }))
         };
         match guarded(|| definition.apply(model, stored)) {
+            Ok(Ok(())) if model.is_autocommit() => {
+                return Err(failed("it ignored an error that rolled its transaction back (OR ROLLBACK?)".to_owned()));
+            }
             Ok(Ok(())) => {}
             Ok(Err(error)) => {
                 let passing = error.downcast_ref::<kuma_shard::rusqlite::Error>().filter(|error| is_passing(error));

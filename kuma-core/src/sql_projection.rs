@@ -805,6 +805,17 @@ mod tests {
     }
 
     #[test]
+    fn an_error_in_a_trigger_is_found_where_it_is_set_off() {
+        for step in ["INSERT INTO u VALUES (nosuch(1))", "UPDATE u SET a = nosuch", "INSERT INTO nosuch VALUES (1)"] {
+            let trigger = format!("CREATE TRIGGER g AFTER INSERT ON t BEGIN {step}; END;");
+            let text = format!(
+                "{HEAD}{TABLE}CREATE TABLE u (a);\n{trigger}\n-- on k.E\nDELETE FROM t;\n INSERT INTO t VALUES (1, 2);"
+            );
+            assert_refused(&text, (9, 2), "nosuch, in a trigger that it sets off");
+        }
+    }
+
+    #[test]
     fn what_a_projection_may_not_do_is_refused_with_the_rule() {
         for (statement, column, words) in [
             ("INSERT INTO t VALUES (1, random())", 26, "clock or on chance"),

@@ -273,20 +273,27 @@ impl Subscription {
             if let Some(delivery) = self.ready().await? {
                 return Ok(delivery);
             }
-            if self.current.is_some() {
-                // Undecided.
-                let _ = tokio::time::timeout(UNDECIDED_WAIT, self.told.changed()).await;
-                self.untold = true;
-                continue;
+            self.wait().await?;
+        }
+    }
+
+    /// The next one of those that were committed before this was called; none when all of them were handed out.
+    ///
+    /// # Errors
+    /// As [`Subscription::next`].
+    /// # Cancel safety
+    /// Cancel safe: nothing is lost.
+    pub async fn next_of_now(&mut self) -> Result<Option<Delivery>, SubscribeError> {
+        let ends = self.kuma.log_ends()?;
+        loop {
+            if let Some(delivery) = self.ready().await? {
+                return Ok(Some(delivery));
             }
-            tokio::select! {
-                fed = self.pages.recv() => match fed {
-                    Some(Fed::Page(page)) => self.take(page),
-                    Some(Fed::Trouble { shard, why }) => return Err(SubscribeError::Unavailable { shard, why }),
-                    None => return Err(SubscribeError::ShuttingDown),
-                },
-                _ = self.told.changed() => self.untold = true,
+            let is_there = self.checkpoint.positions.iter().zip(&ends).all(|(position, end)| position >= end);
+            if self.current.is_none() && is_there {
+                return Ok(None);
             }
+            self.wait().await?;
         }
     }
 
@@ -321,6 +328,25 @@ impl Subscription {
                 next => Some((next, subscription)),
             }
         })
+    }
+
+    /// Waits until there may be something to hand out.
+    async fn wait(&mut self) -> Result<(), SubscribeError> {
+        if self.current.is_some() {
+            // Undecided.
+            let _ = tokio::time::timeout(UNDECIDED_WAIT, self.told.changed()).await;
+            self.untold = true;
+            return Ok(());
+        }
+        tokio::select! {
+            fed = self.pages.recv() => match fed {
+                Some(Fed::Page(page)) => self.take(page),
+                Some(Fed::Trouble { shard, why }) => return Err(SubscribeError::Unavailable { shard, why }),
+                None => return Err(SubscribeError::ShuttingDown),
+            },
+            _ = self.told.changed() => self.untold = true,
+        }
+        Ok(())
     }
 
     /// How far what was handed out reaches: go on from there with [`Start::Checkpoint`]. Of a commit that was handed out in part, all is

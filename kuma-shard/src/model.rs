@@ -93,6 +93,14 @@ pub enum ModelError {
         #[source]
         cause: rusqlite::Error,
     },
+    /// A statement of the projection ended the transaction, and the projection took no notice. Nothing was changed.
+    #[error(
+        "{path}: a statement of the projection rolled the transaction back (OR ROLLBACK?), and its error was ignored"
+    )]
+    Ended {
+        /// The file.
+        path: PathBuf,
+    },
     /// A reader held the log open.
     #[error("{path}: a query holds an old state of the log open, so that deleted bytes stay in it; it is tried again")]
     Busy {
@@ -317,6 +325,9 @@ impl ModelFile {
             // Whatever came of it: without a commit nothing of it stays.
             let _ = transaction.rollback();
             return Ok(Err(error));
+        }
+        if transaction.is_autocommit() {
+            return Err(ModelError::Ended { path: path.clone() });
         }
         note(&transaction, progress).and_then(|()| transaction.commit()).map_err(failed)?;
         Ok(Ok(()))
@@ -545,6 +556,14 @@ mod tests {
             model.execute_batch("COMMIT")
         });
         assert!(refused.unwrap().is_err());
+        // Or to end the transaction without asking, and to go on as if nothing were.
+        let refused = file.apply(&at(6), |model| {
+            insert("bob")(model)?;
+            assert!(model.execute("INSERT OR ROLLBACK INTO person VALUES ('ann', 'ann')", []).is_err());
+            assert!(insert("cid")(model).is_err());
+            Ok::<_, rusqlite::Error>(())
+        });
+        assert!(matches!(refused, Err(ModelError::Ended { .. })));
         file.close().unwrap();
         let file = ModelFile::open(&directory.path().join("m.db"), &FileOptions::default()).unwrap();
         assert_eq!((count(&file), file.positions().unwrap()), (1, [(0, (5, 1))].into()));

@@ -1,7 +1,7 @@
 //! What SQL that is not Kuma's own may do in the file of a read model: the statements of projections and of whoever queries them.
 //!
 //! Invariants:
-//! - Statements of a projection never end its transaction: read model and checkpoint are committed together, by Kuma.
+//! - Statements of a projection never commit: read model and checkpoint are committed together, by Kuma.
 //! - Kuma's own tables, whose names begin with `kuma_`, are written by Kuma alone.
 //! - What a statement writes depends on its events alone, so that a rebuilt model is the same: no clock and no random numbers.
 //!
@@ -41,6 +41,9 @@ impl Guard {
     /// The connection is not a plain one.
     pub fn over(connection: &Connection) -> rusqlite::Result<Self> {
         let rights = Arc::new(AtomicU8::new(Rights::Engine as u8));
+        // `OR ROLLBACK` and `RAISE(ROLLBACK)` end a transaction without asking. What comes behind them is not committed on its own.
+        let current = rights.clone();
+        connection.commit_hook(Some(move || current.load(Relaxed) == Rights::Apply as u8))?;
         let current = rights.clone();
         connection.authorizer(Some(move |context: AuthContext<'_>| {
             let rights = match current.load(Relaxed) {

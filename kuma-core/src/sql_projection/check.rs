@@ -280,7 +280,12 @@ impl<'a> Checker<'a> {
         {
             return denied(sql, &said);
         }
-        Problem::new(Part::Sql, place(sql, error), said)
+        match place(sql, error) {
+            Some(at) => Problem::new(Part::Sql, at, said),
+            None => {
+                Problem::new(Part::Sql, 0, format!("{said}, in a trigger that it sets off or a view that it reads"))
+            }
+        }
     }
 }
 
@@ -294,19 +299,25 @@ fn words(error: &rusqlite::Error) -> String {
     }
 }
 
-/// Where in a statement the thing is that SQLite's words are about; the beginning, if that cannot be told.
-fn place(sql: &str, error: &rusqlite::Error) -> usize {
+/// Where in a statement the thing is that SQLite's words are about: the beginning, if that cannot be told; none, if it is not in there.
+fn place(sql: &str, error: &rusqlite::Error) -> Option<usize> {
     if let rusqlite::Error::SqlInputError { offset, .. } = error {
-        return usize::try_from(*offset).unwrap_or(0);
+        return usize::try_from(*offset).ok().filter(|offset| *offset <= sql.len());
     }
     // SQLite gives no place for those, but a name.
+    const BEFORE_NAMES: [&str; 5] = [
+        "no such table: ",
+        "no such column: ",
+        "no such function: ",
+        "has no column named ",
+        "duplicate column name: ",
+    ];
     let said = words(error);
-    let before_names = ["no such table: ", "has no column named ", "duplicate column name: "];
-    let named = before_names.iter().find_map(|before| said.split_once(before)).map_or("", |(_, name)| name);
+    let Some((_, named)) = BEFORE_NAMES.iter().find_map(|before| said.split_once(before)) else { return Some(0) };
     let name = named.rsplit('.').next().unwrap_or_default();
     let is_name = |token: &Token<'_>| matches!(token.kind, TokenKind::Word | TokenKind::Name);
-    let mut tokens = significant(sql).filter(is_name);
-    tokens.find(|token| token.unquoted().eq_ignore_ascii_case(name)).map_or(0, |token| token.at)
+    let found = significant(sql).filter(is_name).find(|token| token.unquoted().eq_ignore_ascii_case(name));
+    found.map(|token| token.at)
 }
 
 /// Where this keyword is in a statement; the beginning, if it is not in there.
