@@ -1,4 +1,5 @@
 //! Durable subscriptions: acknowledged, parked, confirmed.
+#![allow(clippy::unwrap_used, clippy::panic)]
 
 use std::path::Path;
 

@@ -1,4 +1,5 @@
 //! Read models in SQL over real events: fed live while they are imported, and equal to what the file itself says.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::{
     collections::BTreeMap,

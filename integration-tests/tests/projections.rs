@@ -1,4 +1,5 @@
 //! Projections: exactly once, built beside, purged.
+#![allow(clippy::unwrap_used, clippy::panic)]
 
 use std::{path::Path, time::Duration};
 
