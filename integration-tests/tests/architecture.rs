@@ -23,8 +23,8 @@ const ARROWS: [(&str, &[&str]); 6] = [
 const RESERVED: [(&str, &[&str]); 5] = [
     // The only crate with SQL; the VFS is tested on the very connections that Kuma uses.
     ("sqlx", &["kuma-shard", "power-loss"]),
-    // The raw reference of the benchmarks, and what damages a file for a test.
-    ("rusqlite", &["kuma-bench", "integration-tests"]),
+    // Read models; the raw reference of the benchmarks, and what damages a file for a test.
+    ("rusqlite", &["kuma-shard", "kuma-bench", "integration-tests"]),
     ("libsqlite3-sys", &["power-loss"]),
     ("chacha20poly1305", &["kuma-crypto"]),
     ("snow", &["kuma-cluster"]),

@@ -24,7 +24,7 @@ use std::{
 };
 
 use futures_util::future::join_all;
-use kuma_shard::{EntityHash, ModelError, ModelFile, ModelProgress, Purged, rusqlite, rusqlite::Transaction};
+use kuma_shard::{Acknowledged, EntityHash, ModelError, ParkedRow, Purged, SubscriberFile};
 use parking_lot::Mutex;
 use ractor::ActorRef;
 use tokio::sync::{oneshot, watch};
@@ -41,13 +41,6 @@ use crate::{
 
 /// Under this name the data directory holds the files of subscriptions.
 const SUBSCRIPTIONS: &str = "subscriptions";
-const TABLES: &str = "CREATE TABLE parked(
-    number INTEGER PRIMARY KEY, shard INTEGER NOT NULL, position INTEGER NOT NULL, version INTEGER NOT NULL, entity TEXT NOT NULL,
-    attempts INTEGER NOT NULL, at INTEGER NOT NULL, why TEXT NOT NULL, UNIQUE (shard, position, version)
-) STRICT";
-const PURGE: &str = "DELETE FROM parked WHERE entity = :hash";
-/// Says of a file that something was parked in it.
-const WAS_PARKED: &str = "was_parked";
 /// What is parked with more words than these is not a reason any more.
 const WHY_BYTES_MAX: usize = 4096;
 
@@ -146,7 +139,7 @@ struct Shared {
     filter: Filter,
     since_us: i64,
     /// None once it is closed.
-    file: Mutex<Option<ModelFile>>,
+    file: Mutex<Option<SubscriberFile>>,
     /// The number of the newest consumer.
     consumer: watch::Sender<u64>,
     consumers: Mutex<BTreeSet<u64>>,
@@ -225,15 +218,11 @@ impl Kuma {
         for name in names(self.inner.data_dir()).map_err(|source| file_error("", source))? {
             let shared = self.inner.durables().shared(&self.inner, &name).await?;
             let Some(shared) = shared else { continue };
-            let (parked, positions) = shared.with(|file| {
-                let parked = file.read(|connection| {
-                    connection.query_row("SELECT count(*) FROM parked", [], |row| row.get::<_, u32>(0))
-                })?;
-                Ok((parked, positions(file, self.open_shards().count())?))
-            })?;
+            let (parked, positions) =
+                shared.with(|file| Ok((file.parked()?.len() as u64, positions(file, self.open_shards().count())?)))?;
             let (commits_behind, lag) = lag(&self.inner, &positions).await;
             let is_consumed = !shared.consumers.lock().is_empty();
-            let (filter, parked) = (shared.filter.clone(), parked.into());
+            let filter = shared.filter.clone();
             found.push(SubscriptionStatus { name, filter, is_consumed, lag, commits_behind, parked });
         }
         Ok(found)
@@ -257,12 +246,12 @@ impl Kuma {
         let durables = self.inner.durables();
         let shared = durables.shared(&self.inner, name).await?;
         let shared = shared.ok_or_else(|| DurableError::Unknown { name: name.to_owned() })?;
-        let confirmed = shared.with(|file| number(file, "confirmed"))?;
+        let confirmed = shared.with(|file| file.number("confirmed"))?;
         confirm(&self.inner, name, confirmed, i64::MAX).await;
         let mut open = durables.open.lock().await;
         open.remove(name);
         shared.consumer.send_modify(|newest| *newest += 1);
-        drop(shared.file.lock().take().map(ModelFile::close));
+        drop(shared.file.lock().take().map(SubscriberFile::close));
         remove(self.inner.data_dir(), name)
     }
 }
@@ -407,7 +396,10 @@ impl DurableSubscription {
         let last = self.last.take().ok_or(DurableError::NothingToPark)?;
         let checkpoint = self.subscription.checkpoint();
         let at_us = self.subscription.kuma().inner.now_us();
-        self.commit(checkpoint, Some((last, at_us, why))).await
+        let Last { shard, position, version, entity, parked } = last;
+        let number = parked.unwrap_or_default();
+        let row = ParkedRow { number, shard, position, version, entity, attempts: 1, at_us, why };
+        self.commit(checkpoint, Some(row)).await
     }
 
     /// Has parked events handed out again, oldest first, before others; returns how many. They are no longer parked once they are acknowledged.
@@ -451,39 +443,23 @@ impl DurableSubscription {
         DurableError::Superseded { name: self.shared.name.clone() }
     }
 
-    async fn commit(
-        &mut self,
-        checkpoint: Checkpoint,
-        parked: Option<(Last, i64, String)>,
-    ) -> Result<(), DurableError> {
+    async fn commit(&mut self, checkpoint: Checkpoint, parked: Option<ParkedRow>) -> Result<(), DurableError> {
         self.check()?;
-        let erasures = checkpoint.erasures;
-        let positions = (0_u16..).zip(checkpoint.positions).map(|(shard, position)| (shard, (position, 0)));
-        let mut meta = vec![("erasures", erasures.to_string())];
-        if parked.is_some() {
-            meta.push((WAS_PARKED, "1".to_owned()));
-        }
-        let progress = ModelProgress { positions: positions.collect(), meta, ..ModelProgress::default() };
-        let (shared, number, mut replayed) = (self.shared.clone(), self.number, self.replayed.clone());
+        let Checkpoint { positions, erasures, .. } = checkpoint;
+        let mut resolved = self.replayed.clone();
         // What is parked once more stays.
-        let stays = parked.as_ref().and_then(|(last, ..)| last.parked);
-        replayed.retain(|number| Some(*number) != stays);
+        let stays = parked.as_ref().map(|row| row.number);
+        resolved.retain(|number| Some(*number) != stays);
+        let positions = (0_u16..).zip(positions).collect();
+        let acknowledged = Acknowledged { positions, erasures, resolved, parked };
+        let (shared, number) = (self.shared.clone(), self.number);
         let committed = tokio::task::spawn_blocking(move || {
             shared.with(|file| {
                 // Decided where it is written: a newer consumer has read what is there by then, or will.
                 if *shared.consumer.borrow() != number {
                     return Ok(false);
                 }
-                let applied = file.apply(&progress, |transaction| {
-                    resolve(transaction, &replayed)?;
-                    match &parked {
-                        Some((last, at_us, why)) => insert_parked(transaction, last, *at_us, why),
-                        None => Ok(()),
-                    }
-                });
-                let path = file.path().to_owned();
-                applied?.map_err(|source| ModelError::Sqlite { path, source })?;
-                Ok(true)
+                file.acknowledge(&acknowledged).map(|()| true)
             })
         });
         let committed = committed.await.map_err(|_| SubscribeError::ShuttingDown)?;
@@ -505,48 +481,23 @@ impl Drop for DurableSubscription {
     }
 }
 
-/// Forgets parked events that were handled.
-fn resolve(transaction: &Transaction<'_>, numbers: &[i64]) -> rusqlite::Result<()> {
-    let mut delete = transaction.prepare_cached("DELETE FROM parked WHERE number = ?")?;
-    numbers.iter().try_for_each(|number| delete.execute([number]).map(drop))
-}
-
-fn insert_parked(transaction: &Transaction<'_>, last: &Last, at_us: i64, why: &str) -> rusqlite::Result<()> {
-    let Last { shard, position, version, entity, .. } = last;
-    let insert = "INSERT INTO parked(shard, position, version, entity, attempts, at, why) VALUES (?, ?, ?, ?, 1, ?, ?)
-         ON CONFLICT(shard, position, version) DO UPDATE SET attempts = attempts + 1, at = excluded.at, why = excluded.why";
-    let values = (shard, position.cast_signed(), version.cast_signed(), entity.to_hex(), at_us, why);
-    transaction.prepare_cached(insert)?.execute(values).map(drop)
-}
-
-fn parked(file: &ModelFile) -> Result<Vec<Parked>, ModelError> {
-    let read = |connection: &rusqlite::Connection| {
-        let mut statement = connection.prepare(
-            "SELECT number, shard, position, version, entity, attempts, at, why FROM parked ORDER BY number",
-        )?;
-        let rows = statement.query_map([], |row| {
-            let mut entity = [0; 16];
-            // It was written by this code alone.
-            let _ = hex::decode_to_slice(row.get::<_, String>(4)?, &mut entity);
-            Ok(Parked {
-                number: row.get(0)?,
-                shard: row.get(1)?,
-                position: row.get::<_, i64>(2)?.cast_unsigned(),
-                version: row.get::<_, i64>(3)?.cast_unsigned(),
-                entity: EntityHash(entity),
-                attempts: row.get(5)?,
-                at: UNIX_EPOCH + Duration::from_micros(row.get::<_, i64>(6)?.max(0).unsigned_abs()),
-                why: row.get(7)?,
-            })
-        })?;
-        rows.collect()
+fn parked(file: &SubscriberFile) -> Result<Vec<Parked>, ModelError> {
+    let parked = |row: ParkedRow| Parked {
+        number: row.number,
+        entity: row.entity,
+        version: row.version,
+        attempts: row.attempts,
+        at: UNIX_EPOCH + Duration::from_micros(row.at_us.max(0).unsigned_abs()),
+        why: row.why,
+        shard: row.shard,
+        position: row.position,
     };
-    file.read(read)
+    Ok(file.parked()?.into_iter().map(parked).collect())
 }
 
-fn positions(file: &ModelFile, shards: usize) -> Result<Vec<u64>, ModelError> {
+fn positions(file: &SubscriberFile, shards: usize) -> Result<Vec<u64>, ModelError> {
     let mut positions = vec![0; shards];
-    for (shard, (position, _)) in file.positions()? {
+    for (shard, position) in file.positions()? {
         if let Some(at) = positions.get_mut(usize::from(shard)) {
             *at = position;
         }
@@ -554,13 +505,9 @@ fn positions(file: &ModelFile, shards: usize) -> Result<Vec<u64>, ModelError> {
     Ok(positions)
 }
 
-fn number(file: &ModelFile, name: &str) -> Result<i64, ModelError> {
-    Ok(file.meta(name)?.and_then(|text| text.parse().ok()).unwrap_or_default())
-}
-
 impl Shared {
     /// Does something with the file.
-    fn with<T>(&self, work: impl FnOnce(&mut ModelFile) -> Result<T, ModelError>) -> Result<T, DurableError> {
+    fn with<T>(&self, work: impl FnOnce(&mut SubscriberFile) -> Result<T, ModelError>) -> Result<T, DurableError> {
         match self.file.lock().as_mut() {
             Some(file) => Ok(work(file)?),
             None => Err(SubscribeError::ShuttingDown.into()),
@@ -573,7 +520,7 @@ impl Shared {
         tokio::spawn(async move {
             confirm(&inner, &self.name, after, last).await;
             // Otherwise it is done again when it is opened.
-            let _ = self.with(|file| file.set_meta("confirmed", &last.to_string()));
+            let _ = self.with(|file| file.set_confirmed(last));
         });
     }
 
@@ -581,8 +528,8 @@ impl Shared {
     fn begin(&self, kuma: &Kuma) -> Result<(Subscription, i64), DurableError> {
         let ends = kuma.log_ends()?;
         let told = kuma.inner.erasing().entombed();
-        let (positions, erasures, confirmed) = self
-            .with(|file| Ok((positions(file, ends.len())?, number(file, "erasures")?, number(file, "confirmed")?)))?;
+        let (positions, erasures, confirmed) =
+            self.with(|file| Ok((positions(file, ends.len())?, file.number("erasures")?, file.number("confirmed")?)))?;
         let checkpoint = Checkpoint { disk_id: kuma.inner.disk_id(), positions, erasures };
         checkpoint.check(kuma.inner.disk_id(), &ends).map_err(SubscribeError::from)?;
         let filter = Arc::new(self.filter.clone());
@@ -640,8 +587,8 @@ impl DurableSubscriptions {
         if !is_name(name) || !path.try_exists().map_err(|source| file_error(name, source))? {
             return Ok(None);
         }
-        let file = ModelFile::open(&path, inner.file_options())?;
-        let shared = Arc::new(read_shared(name, file, &inner.disk_id().to_string())?);
+        let file = SubscriberFile::open(&path, inner.file_options())?;
+        let shared = Arc::new(read_shared(name, &path, file, &inner.disk_id().to_string())?);
         open.insert(name.to_owned(), shared.clone());
         Ok(Some(shared))
     }
@@ -688,20 +635,14 @@ impl DurableSubscriptions {
                 _ => {}
             }
         }
-        let mut file = ModelFile::create(&temporary, inner.file_options(), &meta)?;
-        file.migrate(&[TABLES.to_owned()])?;
-        let progress = ModelProgress {
-            positions: (0_u16..).zip(positions).map(|(shard, position)| (shard, (position, 0))).collect(),
-            meta: vec![("erasures", erasures.to_string()), ("confirmed", erasures.to_string())],
-            ..ModelProgress::default()
-        };
-        file.apply(&progress, |_| Ok::<(), std::convert::Infallible>(()))?.unwrap_or_else(|never| match never {});
-        file.close()?;
+        let positions = (0_u16..).zip(positions).collect();
+        let acknowledged = Acknowledged { positions, erasures, ..Acknowledged::default() };
+        SubscriberFile::create(&temporary, inner.file_options(), &meta, &acknowledged)?;
         std::fs::rename(&temporary, &path)
             .and_then(|()| kuma_shard::sync_directory(&directory))
             .map_err(|source| file_error(name, source))?;
-        let file = ModelFile::open(&path, inner.file_options())?;
-        let shared = Arc::new(read_shared(name, file, &inner.disk_id().to_string())?);
+        let file = SubscriberFile::open(&path, inner.file_options())?;
+        let shared = Arc::new(read_shared(name, &path, file, &inner.disk_id().to_string())?);
         open.insert(name.to_owned(), shared.clone());
         Ok(shared)
     }
@@ -726,14 +667,9 @@ impl DurableSubscriptions {
             };
             let concerned: Vec<Purged> =
                 entities.iter().filter(|entity| shared.filter.matches_kind(&entity.kind)).cloned().collect();
-            let purged = tokio::task::spawn_blocking(move || {
-                shared.with(|file| {
-                    // What was parked once may still be in its unused space.
-                    match file.meta(WAS_PARKED)?.is_some() && !concerned.is_empty() {
-                        true => file.purge(PURGE, &concerned).map(drop),
-                        false => Ok(()),
-                    }
-                })
+            let purged = tokio::task::spawn_blocking(move || match concerned.is_empty() {
+                true => Ok(()),
+                false => shared.with(|file| file.purge(&concerned)),
             });
             match purged.await {
                 Ok(purged) => purged.map_err(|error| error.to_string())?,
@@ -781,28 +717,27 @@ impl DurableSubscriptions {
     /// Closes every file.
     pub(crate) async fn close(&self) {
         for shared in std::mem::take(&mut *self.open.lock().await).into_values() {
-            if let Some(Err(error)) = shared.file.lock().take().map(ModelFile::close) {
+            if let Some(Err(error)) = shared.file.lock().take().map(SubscriberFile::close) {
                 tracing::warn!(subscription = shared.name, %error, "the file of a subscription was not closed cleanly");
             }
         }
     }
 }
 
-fn read_shared(name: &str, file: ModelFile, disk_id: &str) -> Result<Shared, DurableError> {
-    let foreign = |detail: &str| ModelError::Foreign { path: file.path().to_owned(), detail: detail.to_owned() };
+fn read_shared(name: &str, path: &Path, file: SubscriberFile, disk_id: &str) -> Result<Shared, DurableError> {
+    let foreign = |detail: &str| ModelError::Foreign { path: path.to_owned(), detail: detail.to_owned() };
     if file.meta("disk_id")?.as_deref() != Some(disk_id) {
         return Err(foreign("it is of another copy of the store").into());
     }
     let filter = file.meta("filter")?.and_then(|text| serde_json::from_str(&text).ok());
     let filter = filter.ok_or_else(|| foreign("it does not say what it is about"))?;
-    file.sync_each_commit()?;
     Ok(Shared {
         name: name.to_owned(),
         filter,
-        since_us: number(&file, "since")?,
+        since_us: file.number("since")?,
         consumer: watch::Sender::new(0),
         consumers: Mutex::default(),
-        erasures: watch::Sender::new(number(&file, "erasures")?),
+        erasures: watch::Sender::new(file.number("erasures")?),
         file: Mutex::new(Some(file)),
     })
 }

@@ -14,7 +14,7 @@
 use std::sync::Arc;
 
 use kuma_shard::{
-    EntityHash, Slot,
+    EntityHash, Slot, quoted,
     rusqlite::{self, Transaction},
 };
 use serde::{Deserialize, Serialize};
@@ -127,11 +127,6 @@ pub trait Projection: Send + Sync + 'static {
     fn source(&self) -> Option<&str> {
         None
     }
-}
-
-/// A name as SQL has it.
-pub(crate) fn quoted(name: &str) -> String {
-    format!("\"{}\"", name.replace('"', "\"\""))
 }
 
 /// Whether this can be the name of a projection or a subscription: it names a file.

@@ -4,6 +4,7 @@
 //! - [`Shard`]: one file, one writer. [`Submission`]s and [`SnapshotRow`]s go in, and are settled once durable; rows come out verified.
 //! - [`KeyStore`]: the wrapped keys, in a file of their own.
 //! - [`NodeStore`]: who was erased, in a file of its own.
+//! - [`ModelFile`], [`ModelReader`]: read models, and queries of them; [`SubscriberFile`]: durable subscriptions.
 //! - [`ShardBackup`], [`KeysBackup`]: copies of them in a backup.
 //!
 //! A database is written by one ractor actor that groups what gathers while a commit is in flight (`writer`), is copied from its
@@ -48,6 +49,7 @@ mod snapshots;
 mod sqlite;
 mod statements;
 mod stats;
+mod subscriber;
 mod table_book;
 mod tail;
 #[cfg(test)]
@@ -69,7 +71,7 @@ pub use keys_backup::{KeysBackup, KeysContents};
 pub use log_entry::{Commit, OnSettled, Submission};
 pub use log_reader::{LogPage, LogReader, ReadRow};
 pub use log_row::LogRow;
-pub use model::{ModelError, ModelFile, ModelProgress, Purged, Skipped};
+pub use model::{ModelError, ModelFile, ModelProgress, Purged, Skipped, quoted};
 pub use model_reader::{ModelReader, QueryAnswer, QueryError, QueryLimits, QueryParameters};
 pub use model_rights::{Guard, Rights};
 pub use node::{NodeStore, ReceiptRow, Tombstone};
@@ -86,6 +88,7 @@ pub use snapshots::SnapshotRow;
 pub use sqlite::{Durability, FileOptions, missing_build_settings};
 pub use stats::StatsView;
 pub(crate) use stats::WriterStats;
+pub use subscriber::{Acknowledged, ParkedRow, SubscriberFile};
 pub use verify::{CommitCheck, ShardReport};
 pub use watermark::WATERMARK_DELAY;
 

@@ -17,7 +17,7 @@ use std::{
 
 use rusqlite::{
     Connection, OpenFlags, OptionalExtension, Transaction, TransactionBehavior, fallible_iterator::FallibleIterator,
-    limits::Limit,
+    limits::Limit, types::Value,
 };
 
 use crate::{EntityHash, Epoch, FileOptions, Guard, Rights, Slot, sqlite::PAGE_BYTES};
@@ -241,11 +241,24 @@ impl ModelFile {
         self.connection.execute_batch("PRAGMA synchronous = FULL").map_err(|error| self.failed(error))
     }
 
-    /// Reads something in the tables of the model.
+    /// The rows of a table whose column has this value, each as names and values.
     ///
     /// # Errors
-    /// The file cannot be read.
-    pub fn read<T>(&self, read: impl FnOnce(&Connection) -> rusqlite::Result<T>) -> Result<T, ModelError> {
+    /// The file cannot be read, or there is no such column.
+    pub fn rows_where(&self, table: &str, column: &str, value: &str) -> Result<Vec<Vec<(String, Value)>>, ModelError> {
+        let select = format!("SELECT * FROM {} WHERE {} = ?", quoted(table), quoted(column));
+        self.read(|connection| {
+            let mut statement = connection.prepare(&select)?;
+            let columns: Vec<String> = statement.column_names().into_iter().map(str::to_owned).collect();
+            let rows = statement.query_map([value], |row| {
+                columns.iter().enumerate().map(|(index, name)| Ok((name.clone(), row.get(index)?))).collect()
+            })?;
+            rows.collect()
+        })
+    }
+
+    /// Reads something in the tables of the model.
+    pub(crate) fn read<T>(&self, read: impl FnOnce(&Connection) -> rusqlite::Result<T>) -> Result<T, ModelError> {
         read(&self.connection).map_err(|error| self.failed(error))
     }
 
@@ -443,6 +456,11 @@ impl ModelFile {
         connection.flush_prepared_statement_cache();
         connection.close().map_err(|(_, source)| ModelError::Sqlite { path, source })
     }
+}
+
+/// A name as SQL has it.
+pub fn quoted(name: &str) -> String {
+    format!("\"{}\"", name.replace('"', "\"\""))
 }
 
 fn foreign_or(path: &Path, error: rusqlite::Error) -> ModelError {

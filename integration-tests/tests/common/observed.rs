@@ -1,7 +1,7 @@
 //! One of everything that is traced and counted.
 #![allow(dead_code, clippy::unwrap_used)]
 
-use kuma_core::{AppendError, Command, Entity, ExecuteError, Kuma, Options};
+use kuma_core::{AppendError, Command, Entity, ExecuteError, Kuma, Options, SqlProjection};
 use serde::{Deserialize, Serialize};
 
 use super::until;
@@ -73,6 +73,16 @@ pub(crate) async fn work(path: &std::path::Path, checkpoint: bool) {
         }
         until("a checkpoint", async || kuma.stats().shards[0].writer.unwrap().checkpoints > 0).await;
     }
+    let read_model = SqlProjection::parse(
+        "-- projection: told
+         -- version: 1
+         -- erasure: column told.who
+         CREATE TABLE told(who TEXT, what TEXT) STRICT;
+         -- on secret.*
+         INSERT INTO told VALUES (:entity, :data);",
+    );
+    let read_model = kuma.projection(read_model.unwrap()).await.unwrap();
+    read_model.caught_up(std::time::Duration::from_secs(60)).await.unwrap();
     until("the scrub has been through", async || kuma.stats().scrub.passes == 1).await;
     secret.raw().passivate().await.unwrap();
     secret.read().await.unwrap();
