@@ -191,7 +191,7 @@ async fn consume(kuma: &Kuma) -> Result<(), Box<dyn std::error::Error>> {
             Err(why) => mailer.park(why).await?, // put aside; the next ones go on
         },
         Delivery::Erased(_) => mailer.ack().await?, // what you keep of it is gone: that is what you confirm
-        Delivery::Unreadable(_) => mailer.ack().await?,
+        Delivery::Unreadable(commit) => mailer.park(commit.why).await?,
     }
     Ok(())
 }

@@ -21,6 +21,7 @@ use std::{
     path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, SystemTime, UNIX_EPOCH},
+    vec,
 };
 
 use futures_util::future::join_all;
@@ -30,7 +31,7 @@ use ractor::ActorRef;
 use tokio::sync::{oneshot, watch};
 
 use crate::{
-    Checkpoint, Delivery, Filter, Kuma, Start, SubscribeError, Subscription,
+    Checkpoint, Delivery, Filter, Kuma, Start, StoredEvent, SubscribeError, Subscription, Unreadable,
     erasure::EraserMessage,
     feed::{FeedItem, read_one},
     micros,
@@ -41,6 +42,8 @@ use crate::{
 
 /// Under this name the data directory holds the files of subscriptions.
 const SUBSCRIPTIONS: &str = "subscriptions";
+/// In the place of a version: the commit cannot be read, and is parked as a whole.
+const WHOLE_COMMIT: u64 = 0;
 /// What is parked with more words than these is not a reason any more.
 const WHY_BYTES_MAX: usize = 4096;
 
@@ -76,7 +79,7 @@ pub enum DurableError {
         name: String,
     },
     /// There is nothing to park.
-    #[error("what was handed out last is not an event; only events are parked")]
+    #[error("what was handed out last is no event and no commit; nothing else is parked")]
     NothingToPark,
     /// Its file cannot be used.
     #[error(transparent)]
@@ -98,7 +101,7 @@ pub struct Parked {
     pub number: i64,
     /// The entity.
     pub entity: EntityHash,
-    /// The entity's version that the event made.
+    /// The entity's version that the event made; 0 for a commit that could not be read.
     pub version: u64,
     /// How often it was parked.
     pub attempts: u32,
@@ -164,6 +167,8 @@ pub struct DurableSubscription {
     superseded: watch::Receiver<u64>,
     /// Parked events that are to be handed out again.
     replays: VecDeque<Parked>,
+    /// What is left of one that is being handed out again, with its events.
+    replaying: Option<(Parked, vec::IntoIter<StoredEvent>)>,
     /// Numbers of those that were handed out again and are not acknowledged yet.
     replayed: Vec<i64>,
     last: Option<Last>,
@@ -177,6 +182,13 @@ struct Last {
     entity: EntityHash,
     /// Its number among the parked ones, if it was parked before.
     parked: Option<i64>,
+}
+
+impl Last {
+    fn of(parked: &Parked) -> Self {
+        let Parked { shard, position, version, entity, number, .. } = *parked;
+        Last { shard, position, version, entity, parked: Some(number) }
+    }
 }
 
 impl Kuma {
@@ -198,7 +210,7 @@ impl Kuma {
     ///         Err(why) => mailer.park(why).await?, // kept for later; the next ones go on
     ///     },
     ///     Delivery::Erased(_) => mailer.ack().await?, // nothing is kept here: confirmed
-    ///     Delivery::Unreadable(_) => mailer.ack().await?,
+    ///     Delivery::Unreadable(commit) => mailer.park(commit.why).await?,
     /// }
     /// # }
     /// # kuma.shutdown().await;
@@ -304,8 +316,8 @@ impl OpenDurable {
             // The store was closed in between.
             shared.clone().confirm(&kuma, confirmed, acknowledged);
         }
-        let (replays, replayed, last) = (VecDeque::new(), Vec::new(), None);
-        Ok(DurableSubscription { subscription, shared, number, superseded, replays, replayed, last })
+        let (replays, replaying, replayed, last) = (VecDeque::new(), None, Vec::new(), None);
+        Ok(DurableSubscription { subscription, shared, number, superseded, replays, replaying, replayed, last })
     }
 }
 
@@ -319,29 +331,36 @@ impl DurableSubscription {
     /// Cancel safe: nothing is lost.
     pub async fn next(&mut self) -> Result<Delivery, DurableError> {
         self.check()?;
-        while let Some(parked) = self.replays.front().cloned() {
+        loop {
+            if let Some((parked, events)) = &mut self.replaying {
+                let stored = events.next();
+                self.last = stored.is_some().then(|| Last::of(parked));
+                if events.len() == 0 {
+                    self.replayed.push(parked.number);
+                    self.replaying = None;
+                }
+                if let Some(stored) = stored {
+                    return Ok(Delivery::Event(stored));
+                }
+            }
+            let Some(parked) = self.replays.front().cloned() else { break };
             let read = read_one(&self.subscription.kuma().inner, parked.shard, parked.position).await;
             let read = read.map_err(|error| SubscribeError::Unavailable { shard: parked.shard, why: error })?;
             self.replays.pop_front();
-            self.replayed.push(parked.number);
-            let delivery = match read {
-                Some(FeedItem::Commit(commit)) => {
-                    let found = commit.events.into_iter().find(|stored| stored.event.version.0 == parked.version);
-                    found.map(Delivery::Event)
+            match read {
+                Some(FeedItem::Commit(mut commit)) => {
+                    commit
+                        .events
+                        .retain(|stored| parked.version == WHOLE_COMMIT || stored.event.version.0 == parked.version);
+                    self.replaying = Some((parked, commit.events.into_iter()));
                 }
-                Some(FeedItem::Unreadable { unreadable, .. }) => Some(Delivery::Unreadable(unreadable)),
+                Some(FeedItem::Unreadable { unreadable, .. }) => {
+                    self.last = Some(Last::of(&parked));
+                    self.replayed.push(parked.number);
+                    return Ok(Delivery::Unreadable(unreadable));
+                }
                 // It was erased.
-                None => None,
-            };
-            if let Some(delivery) = delivery {
-                self.last = Some(Last {
-                    shard: parked.shard,
-                    position: parked.position,
-                    version: parked.version,
-                    entity: parked.entity,
-                    parked: Some(parked.number),
-                });
-                return Ok(delivery);
+                None => self.replayed.push(parked.number),
             }
         }
         let delivery = tokio::select! {
@@ -350,7 +369,13 @@ impl DurableSubscription {
         };
         self.last = match (&delivery, self.subscription.last_place()) {
             (Delivery::Event(stored), Some((shard, position))) => {
-                Some(Last { shard, position, version: stored.event.version.0, entity: stored.entity, parked: None })
+                let (version, entity) = (stored.event.version.0, stored.entity);
+                Some(Last { shard, position, version, entity, parked: None })
+            }
+            (Delivery::Unreadable(Unreadable { shard, position, entity, .. }), _) => {
+                // What belongs to nobody known is not erased with anybody.
+                let entity = entity.unwrap_or(EntityHash([0; 16]));
+                Some(Last { shard: *shard, position: *position, version: WHOLE_COMMIT, entity, parked: None })
             }
             _ => None,
         };
@@ -381,7 +406,7 @@ impl DurableSubscription {
         self.subscription.checkpoint()
     }
 
-    /// Parks the event that was handed out last, and acknowledges everything that was handed out before it. Do not put anything personal in
+    /// Parks the event, or the commit that cannot be read, that was handed out last, and acknowledges everything that was handed out before it. Do not put anything personal in
     /// `why`; it is deleted when the entity is erased all the same.
     ///
     /// # Errors
@@ -428,6 +453,7 @@ impl DurableSubscription {
         self.subscription = subscription;
         self.last = None;
         self.replays.clear();
+        self.replaying = None;
         self.replayed.clear();
         Ok(())
     }

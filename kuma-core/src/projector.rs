@@ -125,6 +125,8 @@ pub(crate) enum ProjectorMessage {
     Hold(oneshot::Sender<Vec<u64>>),
     /// Go on after all.
     Release,
+    /// Sync what was applied; answers whether that could be.
+    Sync(oneshot::Sender<bool>),
     Purge(PurgeRequest),
     /// Close the file.
     Close(oneshot::Sender<()>),
@@ -305,6 +307,7 @@ impl Actor for Projector {
                 state.held = true;
                 let _ = reply.send(state.view.positions.borrow().clone());
             }
+            ProjectorMessage::Sync(reply) => drop(reply.send(state.sync().await)),
             ProjectorMessage::Release => {
                 state.held = false;
                 state.queue_apply(&me);
@@ -331,6 +334,17 @@ impl ProjectorState {
 
     fn note_paused(&self) -> Result<(), ModelError> {
         self.file.as_ref().map_or(Ok(()), |file| file.set_meta("paused", if self.paused { "1" } else { "0" }))
+    }
+
+    async fn sync(&mut self) -> bool {
+        let Some(file) = self.file.take() else { return false };
+        let synced = tokio::task::spawn_blocking(move || {
+            let synced = file.sync();
+            (file, synced)
+        });
+        let Ok((file, synced)) = synced.await else { return false };
+        self.file = Some(file);
+        synced.is_ok()
     }
 
     /// Stops reading, and forgets what was read and not applied.

@@ -447,6 +447,16 @@ impl ModelFile {
         }
     }
 
+    /// Syncs everything that was applied until now.
+    ///
+    /// # Errors
+    /// SQLite says no.
+    pub fn sync(&self) -> Result<(), ModelError> {
+        // Whether a reader keeps it from copying all of the log: it is synced before anything is copied.
+        let synced = self.connection.query_row("PRAGMA wal_checkpoint(PASSIVE)", [], |_| Ok(()));
+        synced.map_err(|error| self.failed(error))
+    }
+
     /// Closes the file.
     ///
     /// # Errors

@@ -272,14 +272,19 @@ impl CoordinatorState {
 
     async fn open_file(&self, build: ModelBuild) -> Result<ModelFile, ModelError> {
         let (path, options, disk_id) = (self.dir.file(build), self.options.clone(), self.disk_id());
+        let ends = self.shared.store.upgrade().and_then(|inner| Kuma { inner }.log_ends().ok()).unwrap_or_default();
         let open = move || {
             let file = ModelFile::open(&path, &options)?;
+            let foreign = |detail: &str| Err(ModelError::Foreign { path: path.clone(), detail: detail.to_owned() });
+            let is_ahead = |(shard, (position, _)): (u16, (u64, u64))| {
+                ends.get(usize::from(shard)).is_some_and(|end| position > *end)
+            };
             match file.meta("disk_id")? {
-                Some(found) if found == disk_id => Ok(file),
-                _ => {
-                    let detail = "it was fed by another copy of the store".to_owned();
-                    Err(ModelError::Foreign { path: path.clone(), detail })
-                }
+                Some(found) if found != disk_id => foreign("it was fed by another copy of the store"),
+                // What is committed next would be taken for what it has.
+                Some(_) if file.positions()?.into_iter().any(is_ahead) => foreign("it has applied more than there is"),
+                Some(_) => Ok(file),
+                None => foreign("it does not say of which store it is"),
             }
         };
         blocking(open).await
@@ -366,7 +371,12 @@ impl CoordinatorState {
     /// Has the model take its place, if that can be now.
     async fn caught_up(&mut self, build: ModelBuild) {
         let Some(building) = self.building.as_ref().filter(|model| model.build == build) else { return };
-        let Some((_, view)) = &building.fed else { return };
+        let Some((projector, view)) = &building.fed else { return };
+        // Its file is not synced with each batch. What is served is whole also after a power loss.
+        let (reply, synced) = oneshot::channel();
+        if projector.cast(ProjectorMessage::Sync(reply)).is_err() || !matches!(synced.await, Ok(true)) {
+            return;
+        }
         let Some(inner) = self.shared.store.upgrade() else { return };
         let old = self.serving.as_ref().and_then(|model| model.fed.as_ref()).map(|(projector, _)| projector.clone());
         if let Some(old) = &old {
