@@ -8,6 +8,7 @@ mod frame;
 mod load;
 mod memory;
 mod progress;
+mod project;
 mod raw;
 mod read;
 mod replay;
@@ -79,6 +80,10 @@ enum Command {
     /// without erasures, append_p99_while_erasing_ms with entities being erased one after the other. erasures_per_second is that of
     /// erase_many. The reference deletes the rows of as large entities with plain statements and cuts the log.
     Erase(erase::EraseArgs),
+    /// Events on their way to subscribers and into read models, against bare reads and bare upserts
+    ///
+    /// TODO
+    Project(project::ProjectArgs),
     /// Memory of live entities, against bare tasks with a channel
     ///
     /// The growth of the resident memory by the number of entities, each in a process of its own: after one append of 64 B to
@@ -147,6 +152,7 @@ fn run(command: Command) -> Result<()> {
             Command::Activate(args) => activate::run(args).await,
             Command::Replay(args) => replay::run(args).await,
             Command::Erase(args) => erase::run(args).await,
+            Command::Project(args) => project::run(args).await,
             Command::Memory(args) => memory::run(args).await,
             Command::MemoryPhase(args) => memory::phase(args).await,
         }

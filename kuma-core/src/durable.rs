@@ -344,7 +344,8 @@ impl DurableSubscription {
                 }
             }
             let Some(parked) = self.replays.front().cloned() else { break };
-            let read = read_one(&self.subscription.kuma().inner, parked.shard, parked.position).await;
+            let read =
+                read_one(&self.subscription.kuma().inner, &self.shared.filter, parked.shard, parked.position).await;
             let read = read.map_err(|error| SubscribeError::Unavailable { shard: parked.shard, why: error })?;
             self.replays.pop_front();
             match read {

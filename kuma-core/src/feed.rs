@@ -178,9 +178,14 @@ pub(crate) async fn feed(
 }
 
 /// Reads the commit at this position, if it is not erased.
-pub(crate) async fn read_one(inner: &Inner, shard: u16, position: u64) -> Result<Option<FeedItem>, String> {
+pub(crate) async fn read_one(
+    inner: &Inner,
+    filter: &Filter,
+    shard: u16,
+    position: u64,
+) -> Result<Option<FeedItem>, String> {
     let core = inner.core_of_shard(shard).ok_or("its shard is out of use")?;
-    let from = FeedFrom { filter: Arc::new(Filter::default()), after: position.saturating_sub(1), since_us: i64::MIN };
+    let from = FeedFrom { filter: Arc::new(filter.clone()), after: position.saturating_sub(1), since_us: i64::MIN };
     let mut feed = Feed::new(core, from);
     let room = Arc::new(Semaphore::new(1)).acquire_owned().await.map_err(|error| error.to_string())?;
     let page = feed.page(inner, position.saturating_sub(1), position, room).await.map_err(|error| error.to_string())?;

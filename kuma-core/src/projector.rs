@@ -360,7 +360,10 @@ impl ProjectorState {
         if self.paused {
             return self.view.set(ProjectionState::Paused);
         }
-        let Some(inner) = self.store.upgrade().filter(|_| self.failure.is_none()) else { return };
+        if let Some(failure) = &self.failure {
+            return self.view.set(ProjectionState::Failed(failure.clone()));
+        }
+        let Some(inner) = self.store.upgrade() else { return };
         let kuma = crate::Kuma { inner };
         let positions = self.view.positions.borrow().clone();
         for ((_, core), after) in kuma.open_shards().zip(positions) {
