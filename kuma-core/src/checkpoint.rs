@@ -17,7 +17,12 @@ pub struct Checkpoint {
     pub(crate) positions: Vec<u64>,
     /// The number of the last tombstone that was told.
     pub(crate) erasures: i64,
+    /// Commits that are older are not wanted; behind a position they may still come. Microseconds since 1970, [`EVER`] for all.
+    pub(crate) since_us: i64,
 }
+
+/// Commits of any time are wanted.
+pub(crate) const EVER: i64 = i64::MIN;
 
 /// Why a checkpoint cannot be gone on from.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -48,7 +53,11 @@ pub enum CheckpointError {
 impl fmt::Display for Checkpoint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}.{}", self.disk_id, self.erasures)?;
-        self.positions.iter().try_for_each(|position| write!(f, ".{position}"))
+        self.positions.iter().try_for_each(|position| write!(f, ".{position}"))?;
+        match self.since_us {
+            EVER => Ok(()),
+            since_us => write!(f, "@{since_us}"),
+        }
     }
 }
 
@@ -57,11 +66,15 @@ impl FromStr for Checkpoint {
 
     fn from_str(text: &str) -> Result<Self, CheckpointError> {
         let parse = || {
+            let (text, since_us) = match text.split_once('@') {
+                Some((text, since_us)) => (text, since_us.parse().ok()?),
+                None => (text, EVER),
+            };
             let mut parts = text.split('.');
             let disk_id = parts.next()?.parse().ok()?;
             let erasures = parts.next()?.parse().ok()?;
             let positions: Option<Vec<u64>> = parts.map(|part| part.parse().ok()).collect();
-            Some(Checkpoint { disk_id, erasures, positions: positions? })
+            Some(Checkpoint { disk_id, erasures, positions: positions?, since_us })
         };
         parse().ok_or(CheckpointError::NotACheckpoint)
     }
@@ -101,24 +114,35 @@ mod tests {
 
     #[test]
     fn a_checkpoint_comes_back_from_its_text_and_nothing_else_does() {
-        let checkpoint = Checkpoint { disk_id: DiskId([7; 16]), positions: vec![0, u64::MAX, 3], erasures: 5 };
+        let positions = vec![0, u64::MAX, 3];
+        let checkpoint = Checkpoint { disk_id: DiskId([7; 16]), positions, erasures: 5, since_us: EVER };
         let text = checkpoint.to_string();
         assert_eq!(text, "07070707070707070707070707070707.5.0.18446744073709551615.3");
         assert_eq!(text.parse(), Ok(checkpoint.clone()));
+        let since = Checkpoint { since_us: -7, ..checkpoint.clone() };
+        assert_eq!(since.to_string(), format!("{text}@-7"));
+        assert_eq!(since.to_string().parse(), Ok(since));
         assert_eq!(
             serde_json::from_str::<Checkpoint>(&serde_json::to_string(&checkpoint).unwrap()).unwrap(),
             checkpoint
         );
-        for odd in
-            ["", ".", "07", "07070707070707070707070707070707", &format!("{text}."), &format!("{text}.-1"), "ä.1"]
-        {
+        for odd in [
+            "",
+            ".",
+            "07",
+            "07070707070707070707070707070707",
+            &format!("{text}."),
+            &format!("{text}.-1"),
+            &format!("{text}@"),
+            "ä.1",
+        ] {
             assert_eq!(odd.parse::<Checkpoint>(), Err(CheckpointError::NotACheckpoint), "{odd}");
         }
     }
 
     #[test]
     fn a_checkpoint_of_another_copy_or_of_the_future_is_refused() {
-        let checkpoint = Checkpoint { disk_id: DiskId([7; 16]), positions: vec![4, 9], erasures: 0 };
+        let checkpoint = Checkpoint { disk_id: DiskId([7; 16]), positions: vec![4, 9], erasures: 0, since_us: EVER };
         assert_eq!(checkpoint.check(DiskId([7; 16]), &[4, 10]), Ok(()));
         assert_eq!(checkpoint.check(DiskId([8; 16]), &[4, 10]), Err(CheckpointError::OtherCopy));
         assert_eq!(checkpoint.check(DiskId([7; 16]), &[4]), Err(CheckpointError::OtherCopy));

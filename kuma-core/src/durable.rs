@@ -32,6 +32,7 @@ use tokio::sync::{oneshot, watch};
 
 use crate::{
     Checkpoint, Delivery, Filter, Kuma, Start, StoredEvent, SubscribeError, Subscription, Unreadable,
+    checkpoint::EVER,
     erasure::EraserMessage,
     feed::{FeedItem, read_one},
     micros,
@@ -557,10 +558,10 @@ impl Shared {
         let told = kuma.inner.erasing().entombed();
         let (positions, erasures, confirmed) =
             self.with(|file| Ok((positions(file, ends.len())?, file.number("erasures")?, file.number("confirmed")?)))?;
-        let checkpoint = Checkpoint { disk_id: kuma.inner.disk_id(), positions, erasures };
+        let checkpoint = Checkpoint { disk_id: kuma.inner.disk_id(), positions, erasures, since_us: self.since_us };
         checkpoint.check(kuma.inner.disk_id(), &ends).map_err(SubscribeError::from)?;
         let filter = Arc::new(self.filter.clone());
-        Ok((Subscription::begin(kuma.clone(), filter, checkpoint, self.since_us, told), confirmed))
+        Ok((Subscription::begin(kuma.clone(), filter, checkpoint, told), confirmed))
     }
 }
 
@@ -630,14 +631,14 @@ impl DurableSubscriptions {
     ) -> Result<Arc<Shared>, DurableError> {
         let inner = &kuma.inner;
         let ends = kuma.log_ends()?;
-        let newest = inner.node().newest_tombstone().await.map_err(SubscribeError::Erasures)?;
+        let newest = *inner.erasing().entombed().borrow();
         let (positions, erasures, since_us) = match start {
-            Start::Beginning => (vec![0; ends.len()], newest, i64::MIN),
-            Start::Now => (ends, newest, i64::MIN),
+            Start::Beginning => (vec![0; ends.len()], newest, EVER),
+            Start::Now => (ends, newest, EVER),
             Start::Time(time) => (vec![0; ends.len()], newest, micros(time)),
             Start::Checkpoint(checkpoint) => {
                 checkpoint.check(inner.disk_id(), &ends).map_err(SubscribeError::from)?;
-                (checkpoint.positions, checkpoint.erasures, i64::MIN)
+                (checkpoint.positions, checkpoint.erasures, checkpoint.since_us)
             }
         };
         let mut open = self.open.lock().await;

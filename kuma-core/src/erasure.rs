@@ -92,6 +92,8 @@ pub(crate) struct EraserState {
     /// Whether there is, or may be, something unfinished.
     owing: bool,
     resume_queued: bool,
+    /// Whether there may be a tombstone that is not acted on: it is not known whether it was written.
+    uncertain: bool,
     /// How often in a row something was left unfinished.
     retries: u32,
 }
@@ -107,6 +109,7 @@ impl EraserState {
             flush_queued: false,
             owing,
             resume_queued: owing,
+            uncertain: false,
             retries: 0,
         }
     }
@@ -269,6 +272,7 @@ impl EraserState {
             Ok(()) => self.carry_out(&inner, jobs).await,
             Err(NotBegun { detail, is_known }) => {
                 self.owing |= !is_known;
+                self.uncertain |= !is_known;
                 for job in &mut jobs {
                     let (entity, receipt_id, detail) = (job.entity(), job.receipt_id(), detail.clone());
                     let error = || match is_known && job.reason.is_some() {
@@ -359,6 +363,7 @@ impl EraserState {
                 }
             })?;
         }
+        fail_point!("erase.tombstones_durable", |_| unreachable!("it only waits"));
         new().for_each(|(job, _)| self.erasing.entomb(&job.tombstone));
         Ok(())
     }
@@ -398,20 +403,37 @@ impl EraserState {
             }
         };
         self.owing = false;
+        unfinished.iter().for_each(|tombstone| self.erasing.entomb(tombstone));
+        self.uncertain = false;
+        self.tell().await;
         let mut left = unfinished.into_iter().peekable();
         while left.peek().is_some() {
             let batch = left.by_ref().take(BATCH_MAX);
             let job = |tombstone: Tombstone| Job::new(tombstone, inner.core_of_slot(tombstone.slot), None);
             let jobs: Vec<Job> = batch.map(job).collect();
-            jobs.iter().for_each(|job| self.erasing.entomb(&job.tombstone));
             self.carry_out(&inner, jobs).await;
         }
         self.retries = if self.owing { self.retries + 1 } else { 0 };
     }
 
+    /// Has subscribers told of all tombstones.
+    async fn tell(&mut self) {
+        if self.uncertain {
+            return;
+        }
+        match self.node.newest_tombstone().await {
+            Ok(number) => self.erasing.tell(number),
+            Err(error) => {
+                self.owing = true;
+                tracing::warn!(%error, "subscribers cannot be told of an erasure yet; it is tried again");
+            }
+        }
+    }
+
     /// Everything from the tombstone to the receipt.
     async fn carry_out(&mut self, inner: &Arc<Inner>, mut jobs: Vec<Job>) {
         let began = Instant::now();
+        self.tell().await;
         fail_point!("erase.entombed");
         join_all(jobs.iter_mut().map(Job::drain)).await;
         fail_point!("erase.drained");
@@ -628,18 +650,28 @@ async fn purged_life(inner: &Inner, job: &Job) -> Result<Option<PurgedLife>, Str
     let Tombstone { key_id, id_hash, .. } = job.tombstone;
     let Some(core) = &job.core else { return Ok(None) };
     let lives = core.shard.lives(CopyId::GENESIS, id_hash).await.map_err(|error| words(&error))?;
-    let Some(row) = lives.into_iter().find(|row| row.key_id == key_id && !row.sealed_id.is_empty()) else {
+    if !lives.iter().any(|row| row.key_id == key_id) {
         return Ok(None);
-    };
-    let key = match inner.vault().key(id_hash, KeyId(key_id)).await {
-        Ok(key) => key,
+    }
+    match inner.vault().key(id_hash, KeyId(key_id)).await {
+        Ok(_) => {}
         // Then nobody was able to read its events, and no model holds them.
+        Err(VaultError::KeyDestroyed | VaultError::KeyMissing) => return Ok(None),
+        Err(error) => return Err(words(&error)),
+    }
+    // A life that was replaced has given up its id, which is that of the next one.
+    let is_it = |row: &EntityRow| row.key_id == key_id;
+    let with_id = |row: &&EntityRow| !row.sealed_id.is_empty();
+    let Some(row) = lives.iter().filter(with_id).max_by_key(|row| is_it(row)).cloned() else { return Ok(None) };
+    let key = match inner.vault().key(id_hash, KeyId(row.key_id)).await {
+        Ok(key) => key,
+        // The next one is erased as well, and models were purged of the id then.
         Err(VaultError::KeyDestroyed | VaultError::KeyMissing) => return Ok(None),
         Err(error) => return Err(words(&error)),
     };
     let kind = row.kind.clone();
     let id = Opener { row: Arc::new(row), key }.id()?;
-    Ok(Some(PurgedLife { key_id, entity: Purged { kind, id: id.into(), hash: id_hash } }))
+    Ok(Some(PurgedLife { key_id, entity: Purged { key_id, kind, id: id.into(), hash: id_hash } }))
 }
 
 async fn destroy_keys(inner: &Inner, jobs: &[Job]) -> Result<(), CommitError> {

@@ -68,8 +68,8 @@ struct Lives {
     ending: Mutex<HashMap<[u8; 16], (Fate, EntityHash)>>,
     /// How many there have been.
     ended: AtomicU64,
-    /// Changes after each tombstone that is durable.
-    entombed: watch::Sender<u64>,
+    /// Lives whose tombstones have this number, or a smaller one, are acted on: subscribers can be told.
+    entombed: watch::Sender<i64>,
 }
 
 /// What becomes of a life.
@@ -87,14 +87,19 @@ impl Erasing {
         self.0.ended.fetch_add(1, Relaxed);
     }
 
-    /// The life has a tombstone, which is durable: subscribers can be told.
+    /// The life has a tombstone, which is durable.
     pub(crate) fn entomb(&self, tombstone: &Tombstone) {
         self.add(tombstone.key_id, tombstone.id_hash, Fate::Erased);
-        self.0.entombed.send_modify(|count| *count += 1);
     }
 
-    /// Changes after each tombstone.
-    pub(crate) fn entombed(&self) -> watch::Receiver<u64> {
+    /// All tombstones up to this number are acted on, so that no event of those lives is handed out any more: subscribers can be told. Not
+    /// before: they would be told of an erasure, and handed an event after it.
+    pub(crate) fn tell(&self, number: i64) {
+        self.0.entombed.send_modify(|told| *told = number.max(*told));
+    }
+
+    /// Up to which number tombstones can be told.
+    pub(crate) fn entombed(&self) -> watch::Receiver<i64> {
         self.0.entombed.subscribe()
     }
 

@@ -338,6 +338,13 @@ async fn open_parts(
             return Err(StartError::Erasures(error.to_string()));
         }
     }
+    match node.newest_tombstone().await {
+        Ok(number) => erasing.tell(number),
+        Err(error) => {
+            close(&[], &keys, Some(&node), root).await;
+            return Err(StartError::Erasures(error.to_string()));
+        }
+    }
     match node.intended().await {
         Ok(intended) => {
             intended.iter().for_each(|(tombstone, _)| erasing.add(tombstone.key_id, tombstone.id_hash, Fate::Replaced))

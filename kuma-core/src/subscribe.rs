@@ -29,6 +29,7 @@ use tokio::{
 
 use crate::{
     Checkpoint, CheckpointError, Filter, Kuma, ReceiptId, StoredEvent, Unreadable,
+    checkpoint::EVER,
     feed::{Fed, FeedCommit, FeedFrom, FeedItem, FeedPage, PAGES_AHEAD, Standing, feed},
     micros,
     store::Inner,
@@ -179,18 +180,18 @@ impl Subscribe {
         let ends = kuma.log_ends()?;
         // Before anything is read: what is erased from here on is told.
         let told = inner.erasing().entombed();
-        let erasures = inner.node().newest_tombstone().await.map_err(SubscribeError::Erasures)?;
-        let at = |positions| Checkpoint { disk_id: inner.disk_id(), positions, erasures };
-        let (checkpoint, since_us) = match start {
-            Start::Beginning => (at(vec![0; ends.len()]), i64::MIN),
-            Start::Now => (at(ends), i64::MIN),
-            Start::Time(time) => (at(vec![0; ends.len()]), micros(time)),
+        let erasures = *told.borrow();
+        let at = |positions, since_us| Checkpoint { disk_id: inner.disk_id(), positions, erasures, since_us };
+        let checkpoint = match start {
+            Start::Beginning => at(vec![0; ends.len()], EVER),
+            Start::Now => at(ends, EVER),
+            Start::Time(time) => at(vec![0; ends.len()], micros(time)),
             Start::Checkpoint(checkpoint) => {
                 checkpoint.check(inner.disk_id(), &ends)?;
-                (checkpoint, i64::MIN)
+                checkpoint
             }
         };
-        Ok(Subscription::begin(kuma, Arc::new(filter), checkpoint, since_us, told))
+        Ok(Subscription::begin(kuma, Arc::new(filter), checkpoint, told))
     }
 }
 
@@ -204,7 +205,7 @@ pub struct Subscription {
     /// Of what was handed out.
     checkpoint: Checkpoint,
     current: Option<Current>,
-    told: watch::Receiver<u64>,
+    told: watch::Receiver<i64>,
     /// Whether there may be tombstones that were not read yet.
     untold: bool,
     notices: VecDeque<Erased>,
@@ -230,13 +231,7 @@ struct CommitRest {
 }
 
 impl Subscription {
-    pub(crate) fn begin(
-        kuma: Kuma,
-        filter: Arc<Filter>,
-        checkpoint: Checkpoint,
-        since_us: i64,
-        told: watch::Receiver<u64>,
-    ) -> Self {
+    pub(crate) fn begin(kuma: Kuma, filter: Arc<Filter>, checkpoint: Checkpoint, told: watch::Receiver<i64>) -> Self {
         let (sender, pages) = mpsc::unbounded_channel();
         let mut feeds = JoinSet::new();
         for ((_, core), after) in kuma.open_shards().zip(&checkpoint.positions) {
@@ -244,7 +239,7 @@ impl Subscription {
             let sender = sender.clone();
             // What bounds the channel.
             let room = Arc::new(Semaphore::new(PAGES_AHEAD));
-            let from = FeedFrom { filter: filter.clone(), after: *after, since_us };
+            let from = FeedFrom { filter: filter.clone(), after: *after, since_us: checkpoint.since_us };
             let take = move |fed| sender.send(fed).is_ok();
             feeds.spawn(feed(Arc::downgrade(&kuma.inner), core.clone(), from, room, take));
         }
@@ -379,6 +374,15 @@ impl Subscription {
 
     /// What can be handed out now.
     async fn ready(&mut self) -> Result<Option<Delivery>, SubscribeError> {
+        match self.look().await {
+            // Files that are closed, and lives of which it will not be decided any more, are for nobody to wait for.
+            Err(_) if self.kuma.inner.is_closing() => Err(SubscribeError::ShuttingDown),
+            Ok(None) if self.current.is_some() && self.kuma.inner.is_closing() => Err(SubscribeError::ShuttingDown),
+            ready => ready,
+        }
+    }
+
+    async fn look(&mut self) -> Result<Option<Delivery>, SubscribeError> {
         loop {
             self.learn_erasures().await?;
             if let Some(erased) = self.notices.pop_front() {
@@ -430,7 +434,9 @@ impl Subscription {
     async fn learn_erasures(&mut self) -> Result<(), SubscribeError> {
         while self.untold && self.notices.is_empty() {
             let page = self.kuma.inner.node().tombstones(self.checkpoint.erasures, TOMBSTONES_MAX).await;
-            let page = page.map_err(SubscribeError::Erasures)?;
+            let mut page = page.map_err(SubscribeError::Erasures)?;
+            let told = *self.told.borrow();
+            page.retain(|(number, _)| *number <= told);
             let mut notices = VecDeque::with_capacity(page.len());
             for (number, tombstone) in &page {
                 let erased = erased(&self.kuma.inner, *number, tombstone).await?;
@@ -474,19 +480,12 @@ async fn erased(inner: &Inner, number: i64, tombstone: &Tombstone) -> Result<Era
 impl Current {
     /// Takes out what was erased since.
     async fn settle(&mut self, told: &HashSet<[u8; 16]>) -> Result<Standing, kuma_shard::ReadError> {
-        // Back where they are looked at; nothing is lost should this be given up in the middle.
-        if self.items.len() > 0 {
-            let rest = std::mem::take(&mut self.items);
-            self.page.items.extend(rest);
-        }
-        if self.page.is_stale() {
-            let core = &self.page.core;
-            if let Some(CommitRest { life, .. }) = &self.commit
-                && (core.is_ending(life) || !core.shard.erased_among([life.eid]).await?.is_empty())
-            {
-                self.commit = None;
-            }
-        }
+        // Back where they are looked at, with what is left of a commit; nothing is lost should this be given up in the middle.
+        let rest =
+            self.commit.take().filter(|commit| commit.events.len() > 0).map(|CommitRest { life, position, events }| {
+                FeedItem::Commit(FeedCommit { life, position, events: events.collect() })
+            });
+        self.page.items.extend(rest.into_iter().chain(std::mem::take(&mut self.items)));
         let standing = self.page.settle(|key_id| told.contains(key_id)).await?;
         self.items = std::mem::take(&mut self.page.items).into_iter();
         self.settled = standing == Standing::Settled;

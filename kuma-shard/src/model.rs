@@ -43,6 +43,7 @@ CREATE TABLE kuma_migration(number INTEGER PRIMARY KEY, hash TEXT NOT NULL) STRI
 CREATE TABLE kuma_skipped(
     number INTEGER PRIMARY KEY, at INTEGER NOT NULL, shard INTEGER NOT NULL, position INTEGER NOT NULL, entity TEXT, version INTEGER, why TEXT NOT NULL
 ) STRICT;
+CREATE TABLE kuma_purged(key_id BLOB PRIMARY KEY) STRICT, WITHOUT ROWID;
 ";
 
 /// Why the file of a read model cannot be used. Nothing that is not in the log is lost with it.
@@ -117,9 +118,11 @@ pub enum ModelError {
     },
 }
 
-/// An entity that is erased, in clear: its rows are found by its id.
+/// A life of an entity that is erased, in clear: its rows are found by the id.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Purged {
+    /// The name of its key: the next life has the same id, and another key.
+    pub key_id: [u8; 16],
     /// The kind.
     pub kind: Arc<str>,
     /// The id.
@@ -400,8 +403,11 @@ impl ModelFile {
         read().map_err(|error| self.failed(error))
     }
 
-    /// Deletes what the model holds of these entities, by the statements of `sql`, and writes the file anew so that nothing of it is left in
+    /// Deletes what the model holds of these lives, by the statements of `sql`, and writes the file anew so that nothing of it is left in
     /// any byte. Durable when it returns. Returns how many rows were deleted or changed.
+    ///
+    /// The statements are executed once for each life, however often this is called: an erasure that is begun again may find rows with the same
+    /// id, which are the next life's.
     ///
     /// # Errors
     /// It may be deleted and still be in unused space, or not be deleted; call it again.
@@ -411,11 +417,17 @@ impl ModelFile {
         let purge_failed = |cause| ModelError::Purge { path: path.clone(), cause };
         let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate).map_err(failed)?;
         let before = transaction.total_changes();
+        let mut left = Vec::with_capacity(entities.len());
         for entity in entities {
+            let note = "INSERT INTO kuma_purged(key_id) VALUES (?) ON CONFLICT DO NOTHING";
+            if transaction.execute(note, [entity.key_id]).map_err(failed)? == 0 {
+                continue;
+            }
             transaction.execute("DELETE FROM kuma_skipped WHERE entity = ?", [entity.hash.to_hex()]).map_err(failed)?;
+            left.push(entity);
         }
         guard.set(Rights::Apply);
-        let purged = purge_all(&transaction, sql, entities);
+        let purged = purge_all(&transaction, sql, &left);
         guard.set(Rights::Engine);
         purged.map_err(purge_failed)?;
         let changes = transaction.total_changes() - before;
@@ -483,7 +495,7 @@ fn foreign_or(path: &Path, error: rusqlite::Error) -> ModelError {
     }
 }
 
-fn purge_all(transaction: &Transaction<'_>, sql: &str, entities: &[Purged]) -> rusqlite::Result<()> {
+fn purge_all(transaction: &Transaction<'_>, sql: &str, entities: &[&Purged]) -> rusqlite::Result<()> {
     let mut batch = rusqlite::Batch::new(transaction, sql);
     while let Some(mut statement) = batch.next()? {
         for entity in entities {
@@ -639,7 +651,12 @@ mod tests {
             })
         };
         assert!(find(b"-needle-017"));
-        let entity = |id: &str| Purged { kind: "person".into(), id: id.into(), hash: EntityHash([1; 16]) };
+        let entity = |id: &str| Purged {
+            key_id: *blake3::hash(id.as_bytes()).as_bytes().first_chunk().unwrap(),
+            kind: "person".into(),
+            id: id.into(),
+            hash: EntityHash([1; 16]),
+        };
         let gone: Vec<Purged> = {
             let mut statement = file.connection.prepare("SELECT id FROM person WHERE id LIKE '%-017'").unwrap();
             statement.query_map([], |row| row.get::<_, String>(0)).unwrap().map(|id| entity(&id.unwrap())).collect()
@@ -648,6 +665,13 @@ mod tests {
         let rows = file.purge("DELETE FROM person WHERE id = :entity", &gone).unwrap();
         assert_eq!((rows, count(&file)), (gone.len() as u64, before - gone.len() as i64));
         assert!(!find(b"-needle-017") && find(b"-needle-018"));
+        // Their next lives are not theirs.
+        let id = gone[0].id.clone();
+        file.apply(&at(20), |model| model.execute("INSERT INTO person VALUES (?1, 'again')", [&*id]).map(drop))
+            .unwrap()
+            .unwrap();
+        file.purge("DELETE FROM person WHERE id = :entity", &gone).unwrap();
+        assert_eq!(count(&file), before - gone.len() as i64 + 1);
     }
 
     #[test]
