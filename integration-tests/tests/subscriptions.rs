@@ -155,13 +155,11 @@ async fn receive(
     let (mut checkpoint, mut complete) = (events.checkpoint(), 0);
     loop {
         match manner {
-            Manner::InPages => {
-                if !written.is_all() {
-                    let page = tokio::time::timeout(Duration::from_millis(20), events.next_page()).await;
-                    let page = page.map_or_else(|_| Vec::new(), |page| page.unwrap());
-                    page.into_iter().for_each(|delivery| received.take(&name, stored(delivery), dense));
-                    continue;
-                }
+            Manner::InPages if !written.is_all() => {
+                let page = tokio::time::timeout(Duration::from_millis(20), events.next_page()).await;
+                let page = page.map_or_else(|_| Vec::new(), |page| page.unwrap());
+                page.into_iter().for_each(|delivery| received.take(&name, stored(delivery), dense));
+                continue;
             }
             Manner::Slow if random.random_range(0..20) == 0 => {
                 tokio::time::sleep(Duration::from_millis(random.random_range(0..4))).await;

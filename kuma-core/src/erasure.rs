@@ -648,7 +648,8 @@ async fn purge_models(inner: &Arc<Inner>, jobs: &mut [Job]) -> Result<(), String
 async fn purged_life(inner: &Inner, job: &Job) -> Result<Option<PurgedLife>, String> {
     let words = |error: &dyn std::fmt::Display| error.to_string();
     let Tombstone { key_id, id_hash, .. } = job.tombstone;
-    let Some(core) = &job.core else { return Ok(None) };
+    // Its id is there, which its key must stay for.
+    let Some(core) = &job.core else { return Err("its shard is out of use".to_owned()) };
     let lives = core.shard.lives(CopyId::GENESIS, id_hash).await.map_err(|error| words(&error))?;
     if !lives.iter().any(|row| row.key_id == key_id) {
         return Ok(None);

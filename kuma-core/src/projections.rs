@@ -378,7 +378,12 @@ impl ProjectionHandle {
                     view.serving.clone().filter(|(model, _)| view.building.is_none() && model.version == view.wanted)
                 };
                 match serving {
-                    Some((_, Some(view))) if reached(&view, &ends).await => return,
+                    // Another model may take its place meanwhile.
+                    Some((_, Some(view))) => {
+                        if let Ok(true) = tokio::time::timeout(LOOK_AGAIN, reached(&view, &ends)).await {
+                            return;
+                        }
+                    }
                     _ => tokio::time::sleep(Duration::from_millis(5)).await,
                 }
             }
@@ -553,6 +558,9 @@ impl Projections {
         join_all(known.iter().map(|handle| handle.ask(ProjectionMessage::Close))).await;
     }
 }
+
+/// How long it is waited for a model until it is looked at again what has become of it.
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
 /// Returns when all up to `ends` was applied; false if that will not be.
 async fn reached(view: &ProjectorView, ends: &[u64]) -> bool {

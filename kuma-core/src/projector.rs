@@ -29,7 +29,7 @@ use tokio::{
 };
 
 use crate::{
-    Filter, Projection, Version,
+    ApplyError, Filter, Projection, Version,
     feed::{Fed, FeedFrom, FeedItem, FeedPage, PAGES_AHEAD, Standing, feed, guarded},
     micros,
     projection::is_passing,
@@ -678,18 +678,18 @@ fn apply_item(
                 error,
             }))
         };
-        match guarded(|| definition.apply(model, stored)) {
+        // What it says of its error is its code as well.
+        let said = |error: ApplyError| {
+            let passing = error.downcast_ref::<kuma_shard::rusqlite::Error>().is_some_and(is_passing);
+            (passing, error.to_string())
+        };
+        match guarded(|| definition.apply(model, stored).map_err(said)) {
             Ok(Ok(())) if model.is_autocommit() => {
                 return Err(failed("it ignored an error that rolled its transaction back (OR ROLLBACK?)".to_owned()));
             }
             Ok(Ok(())) => {}
-            Ok(Err(error)) => {
-                let passing = error.downcast_ref::<kuma_shard::rusqlite::Error>().filter(|error| is_passing(error));
-                return Err(match passing {
-                    Some(error) => Stopped::Passing(error.to_string()),
-                    None => failed(error.to_string()),
-                });
-            }
+            Ok(Err((true, why))) => return Err(Stopped::Passing(why)),
+            Ok(Err((false, why))) => return Err(failed(why)),
             Err(panicked) => return Err(failed(panicked)),
         }
     }

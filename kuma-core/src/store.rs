@@ -2,7 +2,7 @@
 
 use std::{
     any::TypeId,
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     sync::{
         Arc, OnceLock,
         atomic::{AtomicBool, Ordering::Relaxed},
@@ -421,14 +421,18 @@ async fn open_node(
     }
 }
 
-/// Destroys every key that there is a tombstone of; returns how many were not.
+/// Destroys every key that there is a tombstone of; returns how many were not. Not those of erasures that are not complete: they go on in a
+/// moment, and need the key to find what read models hold.
 async fn destroy_again(node: &NodeStore, keys: &KeyStore) -> Result<usize, String> {
     let (mut after, mut destroyed) = (0, 0);
+    let unfinished = node.unfinished().await.map_err(|error| error.to_string())?;
+    let unfinished: HashSet<[u8; 16]> = unfinished.iter().map(|tombstone| tombstone.key_id).collect();
     loop {
         let page = node.tombstones(after, 1024).await.map_err(|error| error.to_string())?;
         let Some((last, _)) = page.last() else { break };
         after = *last;
-        let key_ids: Vec<[u8; 16]> = page.iter().map(|(_, tombstone)| tombstone.key_id).collect();
+        let key_ids = page.iter().map(|(_, tombstone)| tombstone.key_id).filter(|key_id| !unfinished.contains(key_id));
+        let key_ids: Vec<[u8; 16]> = key_ids.collect();
         let alive = keys.alive(&key_ids).await.map_err(|error| error.to_string())?;
         destroyed += alive.len();
         if !alive.is_empty() {

@@ -4,14 +4,17 @@
 //! - It alone makes, serves and deletes the files of its projection, one thing at a time.
 //! - The models that are there are: the one that is served, one that is being built, the previous one. Others are left over and deleted.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use kuma_shard::{FileOptions, ModelError, ModelFile};
 use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
 use tokio::sync::oneshot;
 
 use super::{
-    ProjectionError, Shared, View, blocking,
+    LOOK_AGAIN, ProjectionError, Shared, View, blocking,
     purge::{PurgedModel, deleted, file_name, is_hopeless, purge_file, told},
     reached,
 };
@@ -160,7 +163,7 @@ impl CoordinatorState {
             self.discard(model).await;
         }
         let is_served = self.serving.as_ref().is_some_and(|model| model.build.version == version);
-        let stays = self.served.rolled_back && former.is_none();
+        let stays = self.served.rolled_back && former.is_none() && self.serving.is_some();
         self.served.rolled_back &= stays;
         let mut outcome = self.feed_serving(me).await;
         // Also a rebuild that was interrupted is gone on with.
@@ -187,7 +190,8 @@ impl CoordinatorState {
     /// Looks at what there is when the projection is registered for the first time since the store was opened.
     async fn find_models(&mut self, _me: &ActorRef<ProjectionMessage>) -> Result<(), ProjectionError> {
         self.dir.create().map_err(self.files())?;
-        self.served = self.dir.served().map_err(self.files())?;
+        let noted = self.dir.served().map_err(self.files())?;
+        self.served = noted;
         let builds = self.dir.builds().map_err(self.files())?;
         self.served.serving = self.served.serving.filter(|build| builds.contains(build));
         self.served.previous = self.served.previous.filter(|build| builds.contains(build));
@@ -202,6 +206,10 @@ impl CoordinatorState {
                 }
                 Err(error) => return Err(error.into()),
             }
+        }
+        if self.served != noted {
+            // What is built from here on may get the name of what is gone.
+            self.dir.set_served(&self.served).map_err(self.files())?;
         }
         self.serving = self.served.serving.map(|build| Model { build, fed: None });
         self.serve();
@@ -250,6 +258,11 @@ impl CoordinatorState {
                 error @ (ModelError::Foreign { .. } | ModelError::MigrationChanged { .. } | ModelError::Sqlite { .. }),
             )) if begun.is_some() => {
                 tracing::warn!(projection = self.shared.name, %error, "a read model that was being built cannot be used; it is begun again");
+                if self.served.previous == Some(build) {
+                    // There is nothing to go back to until it is built.
+                    self.served.previous = None;
+                    self.dir.set_served(&self.served).map_err(self.files())?;
+                }
                 self.dir.remove(build).map_err(self.files())?;
                 self.start(me, build, definition, Some(true)).await?
             }
@@ -372,6 +385,9 @@ impl CoordinatorState {
     async fn caught_up(&mut self, build: ModelBuild) {
         let Some(building) = self.building.as_ref().filter(|model| model.build == build) else { return };
         let Some((projector, view)) = &building.fed else { return };
+        if stands_still(view) {
+            return;
+        }
         // Its file is not synced with each batch. What is served is whole also after a power loss.
         let (reply, synced) = oneshot::channel();
         if projector.cast(ProjectorMessage::Sync(reply)).is_err() || !matches!(synced.await, Ok(true)) {
@@ -386,8 +402,11 @@ impl CoordinatorState {
             }
         }
         // At least what the old one has.
-        let Ok(ends) = (Kuma { inner }).log_ends() else { return };
-        if !matches!(tokio::time::timeout(SWAP_MAX, reached(view, &ends)).await, Ok(true)) {
+        let passed = match (Kuma { inner }).log_ends() {
+            Ok(ends) => passes(view, &ends).await,
+            Err(_) => false,
+        };
+        if !passed {
             if let Some(old) = old {
                 let _ = old.cast(ProjectorMessage::Release);
             }
@@ -597,6 +616,21 @@ impl CoordinatorState {
         }
         (self.serving, self.building) = (None, None);
     }
+}
+
+fn stands_still(view: &ProjectorView) -> bool {
+    !matches!(view.state(), ProjectionState::CatchingUp { .. } | ProjectionState::Live)
+}
+
+/// Whether a model comes to these ends in time. One that stands still is not waited for.
+async fn passes(view: &ProjectorView, ends: &[u64]) -> bool {
+    let until = Instant::now() + SWAP_MAX;
+    while Instant::now() < until && !stands_still(view) {
+        if let Ok(reached) = tokio::time::timeout(LOOK_AGAIN, reached(view, ends)).await {
+            return reached;
+        }
+    }
+    false
 }
 
 /// Closes a projector's file; returns when that is done.
