@@ -212,7 +212,7 @@ async fn a_query_says_how_late_its_answer_is() {
     assert!(matches!(behind, Err(ProjectionError::Behind { .. })), "{behind:?}");
     balances.resume().await.unwrap();
     balances.caught_up(SOON).await.unwrap();
-    let answer = balances.query("SELECT amount FROM balance WHERE account = :who").bind_named("who", "bob".to_owned());
+    let answer = balances.query("SELECT amount FROM balance WHERE account = :who").bind_named("who", "bob");
     let answer = answer.run().await.unwrap();
     assert_eq!(
         (answer.json(), answer.as_of.commits_behind, answer.as_of.lag),

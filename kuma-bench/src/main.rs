@@ -82,7 +82,27 @@ enum Command {
     Erase(erase::EraseArgs),
     /// Events on their way to subscribers and into read models, against bare reads and bare upserts
     ///
-    /// TODO
+    /// Stores are filled, shut down and opened again, their files are read once into the page cache. subscribe_*: a subscription to all
+    /// events that takes whole pages, until it has each event once, on commits of 100 events and of 1. raw_read_* reads the rows of the
+    /// same logs, one file after the other.
+    ///
+    /// sql_catch_up and rust_catch_up: from when a projection is registered until it has caught up. It counts the events of each entity
+    /// and adds up a number of them, in a text of SQL and in Rust. both_catch_up: the two of them at once, events of both counted.
+    /// raw_upserts executes the same upserts into the same table with the same pragmas, 16,384 a transaction, on one thread, from ids
+    /// and numbers that are there already. A ratio is Kuma's rate by that of its reference.
+    ///
+    /// Then appends go on at a fixed rate to all entities, which live already, whether earlier ones are acknowledged or not. append_*
+    /// runs from when an append was due until it is acknowledged: alone, with a subscriber that took one event and stopped, with the
+    /// projection in SQL, and while its model is built anew. appended_events_per_second is the lowest rate of the four.
+    ///
+    /// lag_*: one append in 20 is looked for in the model by queries, each a millisecond after the one before was answered. It runs from
+    /// the acknowledgement, or from when the append was due, until there is an answer with all its events, so that it contains the
+    /// query. query_p99_ms is that of these queries.
+    ///
+    /// While the model is built anew, beside the one that is served, another reader asks for the number of all events, each time a
+    /// millisecond after the answer before. rebuild_seconds runs until the new model answers, swap_pause_ms is the longest time without a
+    /// larger number from a second before to a second after that, swap_query_max_ms the longest query in it, rebuild_standstill_max_ms
+    /// the longest time without a larger number of all. A number that falls, or no answer, ends the run with an error.
     Project(project::ProjectArgs),
     /// Memory of live entities, against bare tasks with a channel
     ///

@@ -213,7 +213,7 @@ async fn project(kuma: &Kuma) -> Result<(), Box<dyn std::error::Error>> {
     let balances = kuma.projection(balances).await?;
     balances.caught_up(Duration::from_secs(10)).await?;
     let answer = balances.query("SELECT * FROM balance WHERE amount > :least").bind_named("least", 10).run().await?;
-    println!("{} (as of {:?} ago)", answer.json(), answer.as_of.lag);
+    println!("{} ({} commits behind)", answer.json(), answer.as_of.commits_behind);
     kuma.projection(Turnover).await?.caught_up(Duration::from_secs(10)).await?;
     Ok(())
 }

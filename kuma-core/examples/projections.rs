@@ -72,7 +72,12 @@ async fn show(projections: &[ProjectionHandle]) -> Result<()> {
         let status = projection.status().await?;
         let model = status.building.or(status.serving).context("there is no model")?;
         let state = model.state.unwrap_or(ProjectionState::Live);
-        say(format_args!("{:>18}: {state}; {} events, lag {:.1?}", projection.name(), model.events, status.lag));
+        say(format_args!(
+            "{:>18}: {state}; {} events, lag {:.1} s",
+            projection.name(),
+            model.events,
+            status.lag.as_secs_f64()
+        ));
     }
     Ok(())
 }
@@ -80,7 +85,7 @@ async fn show(projections: &[ProjectionHandle]) -> Result<()> {
 async fn run(kuma: &Kuma, arguments: &Arguments) -> Result<()> {
     let directory = arguments.sql.clone().unwrap_or_else(|| PROJECTIONS.into());
     let mut projections = Vec::new();
-    for (path, loaded) in SqlProjection::load_directory(&directory)? {
+    for (path, loaded) in SqlProjection::load_directory(&directory).with_context(|| directory.display().to_string())? {
         let loaded = loaded.with_context(|| path.display().to_string())?;
         projections.push(kuma.projection(loaded).await?);
     }
@@ -117,7 +122,13 @@ async fn run(kuma: &Kuma, arguments: &Arguments) -> Result<()> {
     };
     for (name, question) in questions {
         // Other files have other tables.
-        let Some(projection) = projections.iter().find(|projection| projection.name() == name) else { continue };
+        let Some(projection) = projections.iter().find(|projection| projection.name() == name) else {
+            if arguments.of.is_none() {
+                continue;
+            }
+            let names: Vec<&str> = projections.iter().map(ProjectionHandle::name).collect();
+            bail!("there is no projection {name}; there are: {}", names.join(", "));
+        };
         let answer = projection.query(question).run().await?;
         say(format_args!("\n{name}: {question}\n{}", answer.columns.join("\t")));
         for row in answer.json().as_array().into_iter().flatten() {

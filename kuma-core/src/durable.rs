@@ -331,6 +331,39 @@ impl DurableSubscription {
     /// # Cancel safety
     /// Cancel safe: nothing is lost.
     pub async fn next(&mut self) -> Result<Delivery, DurableError> {
+        if let Some(replayed) = self.next_replayed().await? {
+            return Ok(replayed);
+        }
+        let delivery = tokio::select! {
+            delivery = self.subscription.next() => delivery?,
+            _ = self.superseded.changed() => return Err(self.superseded_error()),
+        };
+        self.note(&delivery);
+        Ok(delivery)
+    }
+
+    /// The next one of those that were committed before this was called, or are to be handed out again; none when all of them were handed out.
+    ///
+    /// # Errors
+    /// As [`DurableSubscription::next`].
+    /// # Cancel safety
+    /// Cancel safe: nothing is lost.
+    pub async fn next_of_now(&mut self) -> Result<Option<Delivery>, DurableError> {
+        if let Some(replayed) = self.next_replayed().await? {
+            return Ok(Some(replayed));
+        }
+        let delivery = tokio::select! {
+            delivery = self.subscription.next_of_now() => delivery?,
+            _ = self.superseded.changed() => return Err(self.superseded_error()),
+        };
+        if let Some(delivery) = &delivery {
+            self.note(delivery);
+        }
+        Ok(delivery)
+    }
+
+    /// The next one of the parked events that are to be handed out again.
+    async fn next_replayed(&mut self) -> Result<Option<Delivery>, DurableError> {
         self.check()?;
         loop {
             if let Some((parked, events)) = &mut self.replaying {
@@ -341,10 +374,10 @@ impl DurableSubscription {
                     self.replaying = None;
                 }
                 if let Some(stored) = stored {
-                    return Ok(Delivery::Event(stored));
+                    return Ok(Some(Delivery::Event(stored)));
                 }
             }
-            let Some(parked) = self.replays.front().cloned() else { break };
+            let Some(parked) = self.replays.front().cloned() else { return Ok(None) };
             let read =
                 read_one(&self.subscription.kuma().inner, &self.shared.filter, parked.shard, parked.position).await;
             let read = read.map_err(|error| SubscribeError::Unavailable { shard: parked.shard, why: error })?;
@@ -359,17 +392,17 @@ impl DurableSubscription {
                 Some(FeedItem::Unreadable { unreadable, .. }) => {
                     self.last = Some(Last::of(&parked));
                     self.replayed.push(parked.number);
-                    return Ok(Delivery::Unreadable(unreadable));
+                    return Ok(Some(Delivery::Unreadable(unreadable)));
                 }
                 // It was erased.
                 None => self.replayed.push(parked.number),
             }
         }
-        let delivery = tokio::select! {
-            delivery = self.subscription.next() => delivery?,
-            _ = self.superseded.changed() => return Err(self.superseded_error()),
-        };
-        self.last = match (&delivery, self.subscription.last_place()) {
+    }
+
+    /// Remembers what was handed out last: that is what can be parked.
+    fn note(&mut self, delivery: &Delivery) {
+        self.last = match (delivery, self.subscription.last_place()) {
             (Delivery::Event(stored), Some((shard, position))) => {
                 let (version, entity) = (stored.event.version.0, stored.entity);
                 Some(Last { shard, position, version, entity, parked: None })
@@ -381,7 +414,6 @@ impl DurableSubscription {
             }
             _ => None,
         };
-        Ok(delivery)
     }
 
     /// Acknowledges everything that was handed out; durable when it returns.

@@ -11,7 +11,11 @@ use std::{
 
 use base64::{Engine, prelude::BASE64_STANDARD};
 use kuma_shard::{
-    FileOptions, ModelReader, QueryAnswer, QueryError, QueryLimits, QueryParameters, rusqlite::types::Value,
+    FileOptions, ModelReader, QueryAnswer, QueryError, QueryLimits, QueryParameters,
+    rusqlite::{
+        ToSql,
+        types::{ToSqlOutput, Value},
+    },
 };
 use parking_lot::Mutex;
 use tokio::sync::Semaphore;
@@ -39,7 +43,7 @@ pub struct Answer {
     pub columns: Vec<String>,
     /// The rows.
     pub rows: Vec<Vec<Value>>,
-    /// Whether there would have been more rows than the query may have.
+    /// Whether there would have been more: the rows end where their number or their bytes reached what the query may have. At least one row is given.
     pub truncated: bool,
     /// How current it is.
     pub as_of: AsOf,
@@ -111,25 +115,42 @@ pub struct Query<'a> {
     sql: String,
     positional: Vec<Value>,
     named: Vec<(String, Value)>,
+    /// Why a value cannot be one.
+    unfit: Option<String>,
     limits: QueryLimits,
 }
 
 impl<'a> Query<'a> {
     pub(crate) fn new(projection: &'a ProjectionHandle, sql: String) -> Self {
         let limits = QueryLimits { time: Duration::from_secs(5), rows: 10_000, bytes: 16 << 20 };
-        Query { projection, sql, positional: Vec::new(), named: Vec::new(), limits }
+        Query { projection, sql, positional: Vec::new(), named: Vec::new(), unfit: None, limits }
     }
 
     /// The value of the next `?`.
-    pub fn bind(mut self, value: impl Into<Value>) -> Self {
-        self.positional.push(value.into());
+    pub fn bind(mut self, value: impl ToSql) -> Self {
+        let value = self.owned(&value);
+        self.positional.push(value);
         self
     }
 
     /// The value of `:name`.
-    pub fn bind_named(mut self, name: impl Into<String>, value: impl Into<Value>) -> Self {
-        self.named.push((name.into(), value.into()));
+    pub fn bind_named(mut self, name: impl Into<String>, value: impl ToSql) -> Self {
+        let value = self.owned(&value);
+        self.named.push((name.into(), value));
         self
+    }
+
+    fn owned(&mut self, value: &impl ToSql) -> Value {
+        match value.to_sql() {
+            Ok(ToSqlOutput::Owned(value)) => value,
+            Ok(ToSqlOutput::Borrowed(value)) => value.try_into().unwrap_or(Value::Null),
+            // Without extensions there is no other; an error is told when the query is run.
+            Ok(_) => Value::Null,
+            Err(error) => {
+                self.unfit.get_or_insert_with(|| error.to_string());
+                Value::Null
+            }
+        }
     }
 
     /// How long it may take. Default: 5 s.
@@ -157,7 +178,10 @@ impl<'a> Query<'a> {
     /// # Cancel safety
     /// Cancel safe: a query whose future is dropped is stopped.
     pub async fn run(self) -> Result<Answer, ProjectionError> {
-        let Query { projection, sql, positional, named, limits } = self;
+        let Query { projection, sql, positional, named, unfit, limits } = self;
+        if let Some(why) = unfit {
+            return Err(QueryError::Parameters(why).into());
+        }
         let store = projection.store()?;
         let Some(model) = projection.served() else { return Err(projection.not_ready()) };
         let parameters = match named.is_empty() {

@@ -119,6 +119,9 @@ pub trait Projection: Send + Sync + 'static {
 
     /// Applies an event in the transaction that also notes that it was applied. It may read and write the model's tables, nothing else.
     ///
+    /// Called event by event for a batch (what came while the batch before was being applied, at most some 16,000 events), on a thread where it may block. While
+    /// it does, the projection does not pause, purge or close: an erasure, and a shutdown, wait for it. A panic is a failure like any other.
+    ///
     /// # Errors
     /// The projection stands still at this event until it is told to go on.
     fn apply(&self, model: &Transaction<'_>, event: &StoredEvent) -> Result<(), ApplyError>;

@@ -201,7 +201,7 @@ impl Kuma {
     /// ")?).await?;
     /// kuma.raw("account", "acc_001").append(NewEvent::json("Deposited", &serde_json::json!({"amount": 7}))?).await?;
     /// balances.caught_up(Duration::from_secs(10)).await?;
-    /// let answer = balances.query("SELECT amount FROM balance WHERE account = ?").bind("acc_001".to_owned()).run().await?;
+    /// let answer = balances.query("SELECT amount FROM balance WHERE account = ?").bind("acc_001").run().await?;
     /// assert_eq!(answer.json(), serde_json::json!([{"amount": 7}]));
     /// # kuma.shutdown().await;
     /// # Ok(())

@@ -117,6 +117,11 @@ impl Erasing {
         ending.iter().filter(|(_, (_, of))| *of == entity).map(|(key_id, _)| *key_id).collect()
     }
 
+    /// Lives of any entity that are on their way out.
+    pub(crate) fn all(&self) -> Vec<[u8; 16]> {
+        self.0.ending.lock().keys().copied().collect()
+    }
+
     pub(crate) fn len(&self) -> usize {
         self.0.ending.lock().len()
     }

@@ -211,6 +211,8 @@ pub struct Subscription {
     notices: VecDeque<Erased>,
     /// The lives that were told to be erased while others of their entities were on their way.
     told_keys: HashSet<[u8; 16]>,
+    /// Whether those among them are known that had been told before it began, or that lie before its beginning.
+    told_before: bool,
 }
 
 /// A page that is being handed out.
@@ -254,6 +256,7 @@ impl Subscription {
             untold: true,
             notices: VecDeque::new(),
             told_keys: HashSet::new(),
+            told_before: false,
         }
     }
 
@@ -384,6 +387,7 @@ impl Subscription {
 
     async fn look(&mut self) -> Result<Option<Delivery>, SubscribeError> {
         loop {
+            self.learn_told_before().await?;
             self.learn_erasures().await?;
             if let Some(erased) = self.notices.pop_front() {
                 self.checkpoint.erasures = erased.number;
@@ -428,6 +432,21 @@ impl Subscription {
         let last = self.current.as_ref().map(|current| current.page.last);
         self.pass(last);
         self.current = None;
+    }
+
+    /// Finds out which of the lives that are on their way out are not to be told any more: nothing of a next life waits for that.
+    async fn learn_told_before(&mut self) -> Result<(), SubscribeError> {
+        if self.told_before {
+            return Ok(());
+        }
+        for key_id in self.kuma.inner.erasing().all() {
+            let number = self.kuma.inner.node().tombstone_number(key_id).await.map_err(SubscribeError::Erasures)?;
+            if number.is_some_and(|number| number <= self.checkpoint.erasures) {
+                self.told_keys.insert(key_id);
+            }
+        }
+        self.told_before = true;
+        Ok(())
     }
 
     /// Reads tombstones that came since.

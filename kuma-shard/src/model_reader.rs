@@ -80,7 +80,7 @@ pub enum QueryError {
     #[error("the parameters do not fit the query: {0}")]
     Parameters(String),
     /// It is no SQL, or names what is not there.
-    #[error("the query is not understood: {message}")]
+    #[error("the query is not understood{}: {message}", at(*.offset))]
     Sql {
         /// What SQLite says.
         message: String,
@@ -90,6 +90,10 @@ pub enum QueryError {
     /// The file cannot be read.
     #[error(transparent)]
     Model(#[from] ModelError),
+}
+
+fn at(offset: Option<usize>) -> String {
+    offset.map_or_else(String::new, |offset| format!(" at byte {offset}"))
 }
 
 /// A connection that answers queries.

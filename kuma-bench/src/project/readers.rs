@@ -11,9 +11,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use hdrhistogram::Histogram;
-use kuma_core::{ModelBuild, ProjectionHandle};
+use kuma_core::{ModelBuild, ProjectionHandle, rusqlite::types::Value};
 use tokio::sync::mpsc;
 
 use super::{
@@ -24,6 +24,8 @@ use crate::tasks;
 
 /// How long a reader waits between two queries.
 const LOOK_AGAIN: Duration = Duration::from_millis(1);
+/// What is not in the model after this time never will be.
+const LOST_AFTER: Duration = Duration::from_secs(60);
 /// What happens this long before and after a model took another's place counts as around it.
 const AROUND: Duration = Duration::from_secs(1);
 
@@ -60,6 +62,9 @@ pub(crate) struct Lags {
 }
 
 /// Looks for samples in the model until each of them was seen.
+///
+/// # Errors
+/// A query fails, or an event does not come.
 pub(crate) fn watch_lags(projection: ProjectionHandle, mut samples: mpsc::UnboundedReceiver<Sample>) -> Reader<Lags> {
     Reader::start(async move |stop| {
         let mut lags = Lags {
@@ -86,9 +91,7 @@ pub(crate) fn watch_lags(projection: ProjectionHandle, mut samples: mpsc::Unboun
                     .rows
                     .iter()
                     .filter_map(|row| match row.as_slice() {
-                        [kuma_core::rusqlite::types::Value::Text(account), events] => {
-                            Some((account.clone(), integer(events)))
-                        }
+                        [Value::Text(account), events] => Some((account.clone(), integer(events))),
                         _ => None,
                     })
                     .collect();
@@ -100,6 +103,9 @@ pub(crate) fn watch_lags(projection: ProjectionHandle, mut samples: mpsc::Unboun
                     }
                     version < sample.version
                 });
+            }
+            if let Some(lost) = waiting.iter().find(|sample| sample.acknowledged.elapsed() > LOST_AFTER) {
+                bail!("version {} of {} is not in the model after {LOST_AFTER:?}", lost.version, id(lost.account));
             }
             tokio::time::sleep(LOOK_AGAIN).await;
         }
