@@ -192,7 +192,7 @@ mod tests {
             let events = Events::new(payload);
             for AccountEvent::Deposited(deposit) in events.of(7, 1..100) {
                 let json = serde_json::to_string(&deposit).unwrap();
-                assert!(json.len().abs_diff(payload as usize) <= 4, "{json}");
+                assert!(json.len().abs_diff(payload as usize) <= 8, "{json}");
             }
         }
         let of = |payload| {
