@@ -416,7 +416,6 @@ impl ModelFile {
         let failed = |source| ModelError::Sqlite { path: path.clone(), source };
         let purge_failed = |cause| ModelError::Purge { path: path.clone(), cause };
         let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate).map_err(failed)?;
-        let before = transaction.total_changes();
         let mut left = Vec::with_capacity(entities.len());
         for entity in entities {
             let note = "INSERT INTO kuma_purged(key_id) VALUES (?) ON CONFLICT DO NOTHING";
@@ -426,6 +425,7 @@ impl ModelFile {
             transaction.execute("DELETE FROM kuma_skipped WHERE entity = ?", [entity.hash.to_hex()]).map_err(failed)?;
             left.push(entity);
         }
+        let before = transaction.total_changes();
         guard.set(Rights::Apply);
         let purged = purge_all(&transaction, sql, &left);
         guard.set(Rights::Engine);
