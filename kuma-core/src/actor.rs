@@ -632,6 +632,7 @@ impl EntityState {
     /// Hands the published state to the snapshotter, if replaying it has become dear, or if what is stored does not fit.
     fn save_snapshot(&mut self, misfit: bool) {
         let Some(policy) = &self.core.settings.snapshots else { return };
+        let policy = self.kind.tuning().snapshots.as_ref().unwrap_or(policy);
         let snapshot_bytes = self.view.usage.snapshot_bytes();
         let is_due = |loaded: &&mut Loaded| misfit || loaded.cost.is_due(policy, snapshot_bytes);
         let Some(loaded) = self.loaded.as_deref_mut().filter(is_due) else { return };

@@ -1,4 +1,4 @@
-//! The audit log: who had what erased, when and why. An entity like any other, of a kind that only the store writes to and that cannot be
+//! The audit log: who had what erased, when and why, and who was denied what. An entity like any other, of a kind that only the store writes to and that cannot be
 //! erased; without personal data, as long as the reasons that callers give have none.
 
 use std::sync::Arc;
@@ -25,6 +25,9 @@ pub struct AuditLog {
     pub recreated: u64,
     /// Entities that were to be restored to an earlier version.
     pub restored: u64,
+    /// Requests that were denied.
+    #[serde(default)]
+    pub denied: u64,
 }
 
 /// What the audit log tells. The times are those of its commits.
@@ -62,6 +65,8 @@ pub enum AuditEvent {
         /// On whose behalf, in the caller's words.
         by: Option<String>,
     },
+    /// Requests were denied.
+    Denied(Denial),
     /// An erased entity was about to be given a new life.
     Recreated {
         /// The keyed hash of the entity, in hex.
@@ -75,6 +80,21 @@ pub enum AuditEvent {
     },
 }
 
+/// Requests that a server denied for one and the same reason, see [`Kuma::audit_denials`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Denial {
+    /// The name of the token that they came with; none if they had none, or one that is not known.
+    pub token: Option<String>,
+    /// The right that they would have needed.
+    pub scope: String,
+    /// What they asked for, without the names of entities: `DELETE /v1/entities/{kind}/{id}`.
+    pub request: String,
+    /// Why they were denied.
+    pub why: String,
+    /// How many.
+    pub times: u64,
+}
+
 impl Entity for AuditLog {
     const KIND: &'static str = "kuma.audit";
     type Event = AuditEvent;
@@ -85,6 +105,7 @@ impl Entity for AuditLog {
             AuditEvent::ErasureCompleted { .. } => self.completed += 1,
             AuditEvent::Recreated { .. } => self.recreated += 1,
             AuditEvent::Restored { .. } => self.restored += 1,
+            AuditEvent::Denied(denial) => self.denied += denial.times,
         }
     }
 }
@@ -143,6 +164,18 @@ impl Inner {
 }
 
 impl Kuma {
+    /// Notes in the audit log that a server denied requests. Returns when that is durable. For servers in front of a store: they gather what
+    /// they deny meanwhile, so that whoever asks for nothing but to be denied does not fill the disk.
+    ///
+    /// # Errors
+    /// The audit log cannot be written.
+    /// # Cancel safety
+    /// Not cancel safe: if the future is dropped the outcome is unknown.
+    pub async fn audit_denials(&self, denials: Vec<Denial>) -> Result<(), AppendError> {
+        let log = self.inner.own_audit_log();
+        patiently(|| log.append_all(denials.iter().cloned().map(AuditEvent::Denied))).await.map(drop)
+    }
+
     /// The audit log: who had what erased, when and why. Read its history; nobody but the store can append to it.
     pub fn audit_log(&self) -> Handle<AuditLog> {
         self.entity(ID)

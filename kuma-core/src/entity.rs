@@ -4,7 +4,7 @@ use std::{fmt, time::SystemTime};
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
-use crate::{Refused, Upcasters};
+use crate::{Refused, Unfit, Upcasters, ndjson::transcode::pack};
 
 /// A thing with a kind and an id, and a history of events that its state is folded from.
 ///
@@ -92,6 +92,21 @@ impl NewEvent {
         match rmp_serde::to_vec_named(data) {
             Ok(data) => Ok(NewEvent { name, schema: 1, data }),
             Err(error) => Err(Refused::Undecodable { event: name, detail: error.to_string() }),
+        }
+    }
+
+    /// An event with JSON text as its data: numbers stay as exact as 64 bits hold them, and nothing is read twice.
+    ///
+    /// # Errors
+    /// It is not JSON, or it cannot be kept as it is: see [`Unfit`].
+    pub fn json_text(name: impl Into<String>, data: &str) -> Result<Self, Unfit> {
+        let mut packed = Vec::with_capacity(data.len());
+        match pack(data, &mut packed) {
+            Ok(()) => Ok(NewEvent { name: name.into(), schema: 1, data: packed }),
+            Err(unfit) => match serde_json::from_str::<serde::de::IgnoredAny>(data) {
+                Ok(_) => Err(unfit),
+                Err(_) => Err(Unfit::NotJson),
+            },
         }
     }
 

@@ -18,6 +18,7 @@ use crate::{
     Direction, Entity, Handle, Kuma, RawHandle, ReadError, Refused, Unavailable, VaultError, Version, audit,
     history::{self, CommitEvents, Span},
     kind::{DocumentKind, Kind},
+    kind_options::Tuning,
     ndjson::{self, CommitSpan, EventHead, LINE_BYTES_MAX, Manifest, MetadataLine},
     replay::Opener,
     shard_core::ShardCore,
@@ -212,7 +213,7 @@ impl Kuma {
         // Not `Kuma::raw`: a kind that was only exported could not be given its Rust type any more.
         let kind: Arc<dyn Kind> = match self.inner.kinds.read().get(&**name) {
             Some(kind) => kind.clone(),
-            None => Arc::new(DocumentKind::new(name)),
+            None => Arc::new(DocumentKind::new(name, Tuning::default())),
         };
         Ok(RawHandle::new(self.inner.clone(), Ok(kind), name, id.as_bytes()))
     }

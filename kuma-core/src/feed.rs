@@ -27,6 +27,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use crate::{
     Filter, ReplayError, StoredEvent, VaultError, history,
     kind::{DocumentKind, Kind},
+    kind_options::Tuning,
     replay::Opener,
     shard_core::{Fate, ShardCore},
     store::Inner,
@@ -309,7 +310,7 @@ impl Feed {
             None => self
                 .kinds
                 .entry(entity.kind.clone())
-                .or_insert_with(|| Arc::new(DocumentKind::new(&entity.kind)))
+                .or_insert_with(|| Arc::new(DocumentKind::new(&entity.kind, Tuning::default())))
                 .clone(),
         };
         let opened = match self.lives.get(&entity.eid)? {

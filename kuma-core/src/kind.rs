@@ -13,6 +13,7 @@ use serde_bytes::Bytes;
 use crate::{
     Entity, Refused, Upcasters,
     body::{self, split},
+    kind_options::Tuning,
     left_out::without_values,
     snapshot,
 };
@@ -32,6 +33,8 @@ pub(crate) struct Undecodable {
 /// What can be done with the states and events of one kind.
 pub(crate) trait Kind: Send + Sync + 'static {
     fn name(&self) -> &Arc<str>;
+    /// What is set for this kind alone.
+    fn tuning(&self) -> &Tuning;
     /// The Rust type, if there is one.
     fn rust_type(&self) -> Option<TypeId>;
     fn initial(&self) -> State;
@@ -56,18 +59,19 @@ pub(crate) trait Kind: Send + Sync + 'static {
 /// A kind with a Rust type.
 pub(crate) struct TypedKind<E> {
     name: Arc<str>,
+    tuning: Tuning,
     upcasters: Upcasters,
     state_schema: OnceLock<Option<u64>>,
     entity: PhantomData<fn() -> E>,
 }
 
 impl<E: Entity> TypedKind<E> {
-    pub(crate) fn new() -> Result<Self, Refused> {
+    pub(crate) fn new(tuning: Tuning) -> Result<Self, Refused> {
         let upcasters = E::upcasters();
         if let Some(reason) = upcasters.misplaced(E::SCHEMA) {
             return Err(Refused::Upcasters { kind: E::KIND.to_owned(), reason });
         }
-        Ok(TypedKind { name: E::KIND.into(), upcasters, state_schema: OnceLock::new(), entity: PhantomData })
+        Ok(TypedKind { name: E::KIND.into(), tuning, upcasters, state_schema: OnceLock::new(), entity: PhantomData })
     }
 }
 
@@ -82,6 +86,10 @@ fn known<T: 'static>(state: Option<&T>) -> &T {
 impl<E: Entity> Kind for TypedKind<E> {
     fn name(&self) -> &Arc<str> {
         &self.name
+    }
+
+    fn tuning(&self) -> &Tuning {
+        &self.tuning
     }
 
     fn rust_type(&self) -> Option<TypeId> {
@@ -147,17 +155,22 @@ impl<E: Entity> Kind for TypedKind<E> {
 /// A kind without Rust code: the state is one JSON document, and each event's data is merged into it (RFC 7396).
 pub(crate) struct DocumentKind {
     name: Arc<str>,
+    tuning: Tuning,
 }
 
 impl DocumentKind {
-    pub(crate) fn new(name: &str) -> Self {
-        DocumentKind { name: name.into() }
+    pub(crate) fn new(name: &str, tuning: Tuning) -> Self {
+        DocumentKind { name: name.into(), tuning }
     }
 }
 
 impl Kind for DocumentKind {
     fn name(&self) -> &Arc<str> {
         &self.name
+    }
+
+    fn tuning(&self) -> &Tuning {
+        &self.tuning
     }
 
     fn rust_type(&self) -> Option<TypeId> {
@@ -214,6 +227,70 @@ impl Kind for DocumentKind {
 
     fn restore(&self, bytes: &[u8]) -> Result<State, rmp_serde::decode::Error> {
         Ok(Arc::new(rmp_serde::from_slice::<serde_json::Value>(bytes)?))
+    }
+}
+
+/// A kind without Rust code whose events are a log: nothing is folded from them.
+pub(crate) struct LogKind {
+    name: Arc<str>,
+    tuning: Tuning,
+}
+
+impl LogKind {
+    pub(crate) fn new(name: &str, tuning: Tuning) -> Self {
+        LogKind { name: name.into(), tuning }
+    }
+}
+
+impl Kind for LogKind {
+    fn name(&self) -> &Arc<str> {
+        &self.name
+    }
+
+    fn tuning(&self) -> &Tuning {
+        &self.tuning
+    }
+
+    fn rust_type(&self) -> Option<TypeId> {
+        None
+    }
+
+    fn initial(&self) -> State {
+        Arc::new(())
+    }
+
+    fn upcast<'a>(&self, schema: u32, event: &'a [u8]) -> Result<(u32, Cow<'a, [u8]>), Undecodable> {
+        Ok((schema, Cow::Borrowed(event)))
+    }
+
+    fn decode(&self, _events: &[(u32, &Bytes)]) -> Result<Decoded, Undecodable> {
+        Ok(Box::new(()))
+    }
+
+    fn apply(&self, _state: &mut State, _events: &Decoded) {}
+
+    fn copy(&self, state: &State) -> State {
+        state.clone()
+    }
+
+    fn json(&self, _state: &State) -> Result<serde_json::Value, serde_json::Error> {
+        Ok(serde_json::Value::Null)
+    }
+
+    fn memory_bytes(&self, _state: &State) -> usize {
+        0
+    }
+
+    fn state_schema(&self) -> Option<u64> {
+        Some(snapshot::LOG_SCHEMA)
+    }
+
+    fn save(&self, _state: &State) -> Result<Vec<u8>, rmp_serde::encode::Error> {
+        rmp_serde::to_vec(&())
+    }
+
+    fn restore(&self, bytes: &[u8]) -> Result<State, rmp_serde::decode::Error> {
+        rmp_serde::from_slice::<()>(bytes).map(|()| self.initial())
     }
 }
 

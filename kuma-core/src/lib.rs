@@ -61,6 +61,7 @@ mod history;
 mod identity;
 mod import;
 mod kind;
+mod kind_options;
 mod ledger;
 mod left_out;
 mod live;
@@ -99,7 +100,7 @@ mod verify;
 mod verify_receipt;
 
 pub use append::{Append, Appended, Pending};
-pub use audit::{AuditEvent, AuditLog};
+pub use audit::{AuditEvent, AuditLog, Denial};
 pub use backup::{
     Backup, BackupContents, BackupError, BackupProgress, BackupReport, BackupStep, KeysBackupReport,
     manifest::{
@@ -121,6 +122,7 @@ pub use handle::{Current, Handle, RawHandle};
 pub use history::{Direction, History};
 pub use identity::slot_of;
 pub use import::{Import, ImportError, ImportProblem, ImportProgress, ImportReport};
+pub use kind_options::KindOptions;
 pub use kuma_crypto::{LocalMasterKey, MasterKey, MasterKeyError, PublicKey};
 pub use kuma_shard::{
     CommitError, CopyError, DataDirError, Durability, EntityHash, ModelError, NotWritten, OpenError, QueryError,
@@ -129,7 +131,7 @@ pub use kuma_shard::{
 pub use ledger::{LedgerError, LedgerSummary};
 pub use model_dir::ModelBuild;
 pub use model_query::{Answer, AsOf, Query};
-pub use ndjson::{LineProblem, Manifest};
+pub use ndjson::{LineProblem, Manifest, Unfit};
 pub use options::{MasterKeySource, Options};
 pub use projection::{ApplyError, ErasureRule, Projection, StoredEvent};
 pub use projections::{ModelStatus, ProjectionError, ProjectionHandle, ProjectionStatus};

@@ -69,6 +69,8 @@ pub(crate) struct Usage {
     used_at_ms: AtomicU64,
     state_bytes: AtomicUsize,
     snapshot_bytes: AtomicU32,
+    /// The idle time of its kind, where it has one of its own; 0 if not.
+    idle_ms: AtomicU32,
 }
 
 impl Usage {
@@ -78,6 +80,20 @@ impl Usage {
 
     pub(crate) fn used_at_ms(&self) -> u64 {
         self.used_at_ms.load(Relaxed)
+    }
+
+    /// At most 49 days.
+    pub(crate) fn set_idle_ms(&self, idle_ms: u64) {
+        self.idle_ms.store(u32::try_from(idle_ms).unwrap_or(u32::MAX).max(1), Relaxed);
+    }
+
+    /// Whether it was not used for its idle time, or for this one if it has none of its own.
+    pub(crate) fn is_idle(&self, now_ms: u64, idle_ms: u64) -> bool {
+        let idle_ms = match self.idle_ms.load(Relaxed) {
+            0 => idle_ms,
+            own => u64::from(own),
+        };
+        self.used_at_ms() < now_ms.saturating_sub(idle_ms)
     }
 
     pub(crate) fn set_state_bytes(&self, bytes: usize) {

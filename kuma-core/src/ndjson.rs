@@ -44,7 +44,8 @@ use serde::{
 };
 use serde_json::value::RawValue;
 
-use self::transcode::{Unfit, pack, unpack};
+pub use self::transcode::Unfit;
+use self::transcode::{pack, unpack};
 use crate::{Metadata, body::EVENT_NAME_BYTES_MAX};
 
 /// The longest line that an import reads. An event of 1 MiB takes at most 6 MiB as JSON: what is longest for its bytes is
@@ -135,6 +136,9 @@ pub enum LineProblem {
     /// `data` has text with an escape that is not a character.
     #[error("its data has text that is not Unicode")]
     Text,
+    /// An object in `data` has the same name twice.
+    #[error("an object in its data has the same name twice")]
+    DuplicateName,
     /// A manifest of a format that this version of Kuma does not know.
     #[error("it is the manifest of format {format}; this version of Kuma reads format 1")]
     Format {
@@ -363,6 +367,9 @@ fn data_of(fields: &Fields<'_>) -> Result<Vec<u8>, LineProblem> {
         Err(Unfit::TooDeep) => Err(LineProblem::TooDeep { depth_max: transcode::DEPTH_MAX }),
         Err(Unfit::Number) => Err(LineProblem::Number),
         Err(Unfit::Text) => Err(LineProblem::Text),
+        Err(Unfit::DuplicateName) => Err(LineProblem::DuplicateName),
+        // A line that was read is JSON.
+        Err(Unfit::NotJson) => Err(LineProblem::NotJson { column: 1 }),
     }
 }
 

@@ -1,6 +1,7 @@
 //! How a store is opened.
 
 use std::{
+    collections::HashMap,
     path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, SystemTime},
@@ -9,7 +10,9 @@ use std::{
 use kuma_crypto::{LocalMasterKey, MasterKey, MasterKeyError};
 use kuma_shard::Durability;
 
-use crate::{StartError, body::Limits, restart::RestartPolicy, scan::FileReader, snapshot::SnapshotPolicy};
+use crate::{
+    KindOptions, StartError, body::Limits, restart::RestartPolicy, scan::FileReader, snapshot::SnapshotPolicy,
+};
 
 /// Where the master key comes from.
 #[derive(Clone, Debug)]
@@ -45,6 +48,7 @@ pub struct Options {
     pub(crate) scrub_bytes_per_second: u64,
     pub(crate) wall_clock: WallClock,
     pub(crate) file_reader: FileReader,
+    pub(crate) kinds: HashMap<String, KindOptions>,
 }
 
 /// What tells the time of commits.
@@ -93,6 +97,7 @@ impl Options {
             scrub_bytes_per_second: 1 << 20,
             wall_clock: WallClock(Arc::new(SystemTime::now)),
             file_reader: FileReader::default(),
+            kinds: HashMap::new(),
         }
     }
 
@@ -205,6 +210,12 @@ impl Options {
         self
     }
 
+    /// Settings for the entities of one kind.
+    pub fn kind(mut self, kind: impl Into<String>, options: KindOptions) -> Self {
+        self.kinds.insert(kind.into(), options);
+        self
+    }
+
     pub(crate) fn check(&self) -> Result<(), StartError> {
         let refuse = |option, reason: &str| Err(StartError::Option { option, reason: reason.to_owned() });
         if self.context.is_empty() || self.context.len() > 128 {
@@ -218,6 +229,12 @@ impl Options {
         }
         if self.entity_appends_max == 0 || self.shard_bytes_max == 0 {
             return refuse("entity_appends_max, shard_bytes_max", "nothing could ever be appended");
+        }
+        if self.kinds.keys().any(|kind| crate::identity::check_kind(kind).is_err() || crate::audit::is_reserved(kind)) {
+            return refuse(
+                "kind",
+                "a kind is 1 to 64 ASCII letters, digits, '_', '-' or '.', starting with a letter, and not with 'kuma.'",
+            );
         }
         Ok(())
     }

@@ -30,6 +30,8 @@ use crate::{
 #[derive(Clone, Debug)]
 pub(crate) struct Settings {
     pub(crate) idle_ms: u64,
+    /// The shortest one of any kind.
+    pub(crate) idle_ms_min: u64,
     /// This shard's part of the memory budget.
     pub(crate) memory_bytes_max: usize,
     pub(crate) entity_appends_max: usize,

@@ -29,6 +29,8 @@ pub(crate) const SNAPSHOT_BYTES_MAX: usize = 64 << 20;
 const COMMIT_COST_BYTES: u64 = 512;
 /// The schema of documents: RFC 7396 does not change.
 pub(crate) const DOCUMENT_SCHEMA: u64 = 1;
+/// The schema of kinds of which nothing is folded.
+pub(crate) const LOG_SCHEMA: u64 = 2;
 
 /// How much has to be replayed before a snapshot is worth its while.
 #[derive(Clone, Copy, Debug)]

@@ -7,6 +7,7 @@ use std::{
         Arc, OnceLock,
         atomic::{AtomicBool, Ordering::Relaxed},
     },
+    time::Duration,
 };
 
 use kuma_shard::{
@@ -18,12 +19,13 @@ use ractor::{Actor, ActorRef};
 use tokio::sync::{OnceCell, oneshot};
 
 use crate::{
-    Entity, Handle, Options, RawHandle, Refused, StartError, Unavailable, VaultError,
+    Entity, Handle, KindOptions, Options, RawHandle, Refused, StartError, Unavailable, VaultError,
     body::Limits,
     durable::DurableSubscriptions,
     erasure::{Eraser, EraserMessage, EraserState},
     identity::Identity,
-    kind::{DocumentKind, Kind, TypedKind},
+    kind::{DocumentKind, Kind, LogKind, TypedKind},
+    kind_options::Tuning,
     live::Clock,
     observe::CoreMetrics,
     projections::Projections,
@@ -47,6 +49,7 @@ pub(crate) struct Inner {
     pub(crate) limits: Limits,
     parts: Arc<Parts>,
     pub(crate) kinds: RwLock<HashMap<String, Arc<dyn Kind>>>,
+    kind_options: HashMap<String, KindOptions>,
 }
 
 /// Kinds that are remembered. A store has a few; beyond this somebody makes them up, and each is a document of its own.
@@ -196,7 +199,12 @@ impl Kuma {
             projections: Projections::default(),
             durables: DurableSubscriptions::default(),
         };
-        let inner = Arc::new(Inner { limits: options.limits, parts: Arc::new(parts), kinds: RwLock::default() });
+        let inner = Arc::new(Inner {
+            limits: options.limits,
+            parts: Arc::new(parts),
+            kinds: RwLock::default(),
+            kind_options: options.kinds,
+        });
         if let Err(error) = inner.start_eraser().await {
             inner.parts.clone().shut_down().await;
             return Err(error);
@@ -354,8 +362,10 @@ async fn open_parts(
             return Err(StartError::Erasures(error.to_string()));
         }
     }
+    let idle_timeouts = options.kinds.values().filter_map(|kind| kind.idle_timeout);
     let settings = Settings {
         idle_ms: Clock::ms(options.idle_timeout),
+        idle_ms_min: Clock::ms(idle_timeouts.fold(options.idle_timeout, Duration::min)),
         memory_bytes_max: options.memory_budget / shards.len().max(1),
         entity_appends_max: options.entity_appends_max,
         restart: options.restart,
@@ -627,7 +637,7 @@ impl Inner {
             return check(kind);
         }
         // Outside of the lock: the upcasters are the user's code.
-        let kind = TypedKind::<E>::new()?;
+        let kind = TypedKind::<E>::new(self.tuning(E::KIND))?;
         check(self.kinds.write().entry(E::KIND.to_owned()).or_insert_with(|| Arc::new(kind)))
     }
 
@@ -636,11 +646,21 @@ impl Inner {
             return Ok(kind.clone());
         }
         crate::identity::check_kind(name)?;
+        let make = || -> Arc<dyn Kind> {
+            match self.kind_options.get(name).is_some_and(|options| options.append_only) {
+                true => Arc::new(LogKind::new(name, self.tuning(name))),
+                false => Arc::new(DocumentKind::new(name, self.tuning(name))),
+            }
+        };
         let mut kinds = self.kinds.write();
         if kinds.len() >= KINDS_MAX && !kinds.contains_key(name) {
-            return Ok(Arc::new(DocumentKind::new(name)));
+            return Ok(make());
         }
-        Ok(kinds.entry(name.to_owned()).or_insert_with(|| Arc::new(DocumentKind::new(name))).clone())
+        Ok(kinds.entry(name.to_owned()).or_insert_with(make).clone())
+    }
+
+    fn tuning(&self, kind: &str) -> Tuning {
+        self.kind_options.get(kind).map(Tuning::from).unwrap_or_default()
     }
 }
 

@@ -79,7 +79,7 @@ impl Actor for EntitySupervisor {
         me: ActorRef<SupervisorMessage>,
         core: Arc<ShardCore>,
     ) -> Result<SupervisorState, ActorProcessingErr> {
-        let period = Duration::from_millis((core.settings.idle_ms / 4).clamp(50, 5000));
+        let period = Duration::from_millis((core.settings.idle_ms_min / 4).clamp(50, 5000));
         // Ends with this actor.
         me.send_interval(period, || SupervisorMessage::Sweep);
         Ok(SupervisorState {
@@ -163,6 +163,9 @@ impl SupervisorState {
         self.core.check_quarantine(entity)?;
         let view = Arc::new(View::default());
         view.usage.touch(&self.core.clock);
+        if let Some(idle_ms) = kind.tuning().idle_ms {
+            view.usage.set_idle_ms(idle_ms);
+        }
         let state = EntityState { core: self.core.clone(), kind, identity, view: view.clone(), loaded: None };
         let spawned = Actor::spawn_linked(None, EntityActor, state, me).await;
         let (actor, _) = spawned.map_err(|_| Unavailable::Interrupted { entity })?;
@@ -245,8 +248,8 @@ impl SupervisorState {
 
     fn sweep(&mut self) {
         self.publish_bursts();
-        let oldest = self.core.clock.now_ms().saturating_sub(self.core.settings.idle_ms);
-        let idle = self.live_entities(|usage| usage.used_at_ms() < oldest);
+        let (now_ms, idle_ms) = (self.core.clock.now_ms(), self.core.settings.idle_ms);
+        let idle = self.live_entities(|usage| usage.is_idle(now_ms, idle_ms));
         idle.into_iter().for_each(|(_, entity, _)| self.leave(entity));
         self.keep_budget();
     }

@@ -6,7 +6,7 @@
 //! - What MessagePack cannot hold is refused: serde_json reads an integer above 64 bits as the float that is next to it.
 //! - The depth is bounded both ways: values are walked by recursion, and a stack ends.
 
-use std::fmt;
+use std::{collections::HashSet, fmt};
 
 use base64::{Engine, prelude::BASE64_STANDARD};
 use rmp::encode::{self, ValueWriteError};
@@ -16,28 +16,41 @@ use serde::{
 };
 
 /// The deepest nesting that serde_json reads by default, and that the store takes (`body.rs`).
-pub(super) const DEPTH_MAX: usize = 127;
+pub(crate) const DEPTH_MAX: usize = 127;
 
-/// Why valid JSON is not taken.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Unfit {
+/// Why the data of an event is not taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Unfit {
     /// It is nested too deep.
+    #[error("it is nested more than {DEPTH_MAX} deep")]
     TooDeep,
     /// An integer above 64 bits, or a number beyond all floats.
+    #[error("it has a number that 64 bits do not hold; write it as a text")]
     Number,
     /// An escape that is half a character.
+    #[error("it has an escape that is half a character")]
     Text,
+    /// An object says two things under one name: which one counts would be a guess.
+    #[error("an object in it has the same name twice")]
+    DuplicateName,
+    /// It is not JSON.
+    #[error("it is not JSON")]
+    NotJson,
 }
 
 /// Appends JSON text, which must be valid, as MessagePack to `out`.
 ///
 /// # Errors
 /// It cannot be held; `out` is left with a part of it.
-pub(super) fn pack(json: &str, out: &mut Vec<u8>) -> Result<(), Unfit> {
-    let mut packer = Packer { out, has_huge_number: false };
-    let packed = packer.deserialize(&mut serde_json::Deserializer::from_str(json));
-    if packed.is_ok() && !packer.has_huge_number {
+pub(crate) fn pack(json: &str, out: &mut Vec<u8>) -> Result<(), Unfit> {
+    let mut packer = Packer { out, has_huge_number: false, has_duplicate: false };
+    let mut text = serde_json::Deserializer::from_str(json);
+    let packed = packer.deserialize(&mut text).and_then(|()| text.end());
+    if packed.is_ok() && !packer.has_huge_number && !packer.has_duplicate {
         return Ok(());
+    }
+    if packer.has_duplicate {
+        return Err(Unfit::DuplicateName);
     }
     // Seldom, so that it may take a second look: serde does not say which of these it was.
     let Shape { depth, has_unfit_number } = Shape::of(json);
@@ -54,6 +67,8 @@ struct Packer<'a> {
     out: &'a mut Vec<u8>,
     /// Whether a float was seen that may have been an integer above 64 bits.
     has_huge_number: bool,
+    /// Whether an object had the same name twice.
+    has_duplicate: bool,
 }
 
 impl Packer<'_> {
@@ -131,11 +146,46 @@ impl<'de> Visitor<'de> for &mut Packer<'_> {
     fn visit_map<A: MapAccess<'de>>(self, mut fields: A) -> Result<(), A::Error> {
         let (start, mut length) = (self.out.len(), 0);
         self.out.push(0);
-        while fields.next_key_seed(&mut *self)?.is_some() {
+        let mut names = Names::default();
+        loop {
+            let name = self.out.len();
+            if fields.next_key_seed(&mut *self)?.is_none() {
+                break;
+            }
+            self.has_duplicate |= !names.add(self.out, name);
             fields.next_value_seed(&mut *self)?;
             length += 1;
         }
         self.close(start, length, encode::write_map_len)
+    }
+}
+
+/// The names of an object, by where they stand in what was written.
+#[derive(Default)]
+struct Names {
+    few: Vec<(u32, u32)>,
+    many: HashSet<Box<[u8]>>,
+}
+
+impl Names {
+    /// Comparing with so many is faster than hashing.
+    const FEW: usize = 16;
+
+    /// Whether the name that was written last, from `start` on, is new. Nothing before `start` may have moved since the names before it, so
+    /// it is asked for within one object: the length of that object is put before it at the end.
+    fn add(&mut self, out: &[u8], start: usize) -> bool {
+        let name = out.get(start..).unwrap_or_default();
+        let at = |(start, end): &(u32, u32)| out.get(*start as usize..*end as usize).unwrap_or_default();
+        if self.many.is_empty() && self.few.len() < Self::FEW {
+            let is_new = self.few.iter().all(|few| at(few) != name);
+            // A line has at most some megabytes.
+            self.few.push((start as u32, out.len() as u32));
+            return is_new;
+        }
+        if self.many.is_empty() {
+            self.many.extend(self.few.iter().map(|few| at(few).into()));
+        }
+        self.many.insert(name.into())
     }
 }
 
