@@ -4,7 +4,10 @@ use std::{fmt, time::SystemTime};
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
-use crate::{Refused, Unfit, Upcasters, ndjson::transcode::pack};
+use crate::{
+    Refused, Unfit, Upcasters,
+    ndjson::transcode::{pack, unpack},
+};
 
 /// A thing with a kind and an id, and a history of events that its state is folded from.
 ///
@@ -146,6 +149,14 @@ impl RecordedEvent {
     /// The data has no JSON form (a map whose keys are not strings, say).
     pub fn json(&self) -> Result<serde_json::Value, rmp_serde::decode::Error> {
         rmp_serde::from_slice(&self.data)
+    }
+
+    /// The data as JSON text, without a tree in between. Binary values become base64, a float that is no number becomes `null`. None if the data
+    /// has no such form (a map whose keys are not strings, say).
+    pub fn json_text(&self) -> Option<String> {
+        let mut text = Vec::with_capacity(self.data.len() * 2);
+        unpack(&self.data, &mut text).ok()?;
+        String::from_utf8(text).ok()
     }
 
     /// The event as a kind's type has it.

@@ -308,6 +308,14 @@ impl RawHandle {
         self.who.as_ref().ok().map(|who| who.identity.hash)
     }
 
+    /// The short name of the entity, if its kind and id can be used.
+    ///
+    /// # Errors
+    /// Why they cannot.
+    pub fn check(&self) -> Result<EntityHash, Refused> {
+        Ok(self.who()?.identity.hash)
+    }
+
     /// Appends events as one: all of them or none. See [`Handle::append`].
     ///
     /// # Errors

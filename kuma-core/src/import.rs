@@ -529,7 +529,7 @@ impl<P: FnMut(&ImportProgress) + Send> Run<P> {
         Ok(())
     }
 
-    async fn line<R: AsyncBufRead + Unpin>(&mut self, lines: &Lines<R>) -> Result<(), Stopped> {
+    async fn line<R: AsyncBufRead + Unpin>(&mut self, lines: &mut Lines<R>) -> Result<(), Stopped> {
         let number = lines.number();
         if lines.line().trim_ascii().is_empty() {
             return Ok(());

@@ -1,8 +1,37 @@
 //! The server: Kuma over HTTP on one machine, and the command line to operate it.
 //!
 //! `kuma-node` is a thin binary over this library. The interface is described in docs/http.md, and by the node itself at `/openapi.json`.
+//!
+//! ```
+//! # #[tokio::main]
+//! # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # let dir = tempfile::tempdir()?;
+//! # let data = dir.path();
+//! use kuma_node::{Config, Server};
+//! let config = Config { listen: ([127, 0, 0, 1], 0).into(), ..Config::new(data) };
+//! let server = Server::start(config).await?; // it answers at `server.url()`
+//! server.stop().await;
+//! # Ok(())
+//! # }
+//! ```
 
+mod access;
+mod api;
+mod append_body;
+mod body;
 pub mod config;
+mod denials;
+mod guard;
+mod listen;
+mod msgpack;
+mod node;
+mod problem;
+pub mod process;
+mod projection_files;
+mod server;
+pub mod tls;
+pub mod tokens;
 pub mod wire;
 
 pub use config::Config;
+pub use server::{Server, ServerError};

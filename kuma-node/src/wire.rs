@@ -89,7 +89,7 @@ pub struct StreamedAppend {
 /// What became of one message of the stream `POST /v1/append`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct StreamedOutcome {
-    /// Which message of the stream, from 1. Outcomes come in the order in which they are known.
+    /// Which message of the stream, from 1. Outcomes come in the order of the messages.
     pub n: u64,
     /// The version that its last event made, if it was appended.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -145,6 +145,9 @@ pub struct EventBody {
     #[serde(default)]
     #[schema(value_type = Value)]
     pub data: Value,
+    /// The data as MessagePack in base64, where it has no JSON form; `data` is `null` then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bytes: Option<String>,
 }
 
 /// Events of an entity.

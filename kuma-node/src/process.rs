@@ -1,0 +1,7 @@
+//! stub
+pub fn build_info() -> &'static str {
+    ""
+}
+pub fn memory() -> Option<u64> {
+    None
+}
