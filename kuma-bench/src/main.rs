@@ -5,6 +5,7 @@
 mod activate;
 mod erase;
 mod frame;
+mod http;
 mod load;
 mod memory;
 mod progress;
@@ -104,6 +105,16 @@ enum Command {
     /// larger number from a second before to a second after that, swap_query_max_ms the longest query in it, rebuild_standstill_max_ms
     /// the longest time without a larger number of all. A number that falls, or no answer, ends the run with an error.
     Project(project::ProjectArgs),
+    /// Appends over HTTP on loopback, client and server sharing the machine
+    ///
+    /// The server is a process of its own. Each measurement has a store of its own, whose entities are in memory when it begins. batch100_*:
+    /// requests of 100 events, as MessagePack; batch1_*: of 1 event, over as many connections as there are callers; stream_batch1_*: appends of 1
+    /// event through the stream /v1/append, each with its idempotency key. Times of acknowledgement run from before a request (or message) is sent
+    /// until its answer is there. server_cpu_us_per_event is what the server's process took, without the client's.
+    Http(http::HttpArgs),
+    /// The server of `http`.
+    #[command(hide = true)]
+    HttpServe(http::ServeArgs),
     /// Memory of live entities, against bare tasks with a channel
     ///
     /// The growth of the resident memory by the number of entities, each in a process of its own: after one append of 64 B to
@@ -173,6 +184,8 @@ fn run(command: Command) -> Result<()> {
             Command::Replay(args) => replay::run(args).await,
             Command::Erase(args) => erase::run(args).await,
             Command::Project(args) => project::run(args).await,
+            Command::Http(args) => http::run(args).await,
+            Command::HttpServe(args) => http::serve(args).await,
             Command::Memory(args) => memory::run(args).await,
             Command::MemoryPhase(args) => memory::phase(args).await,
         }

@@ -23,6 +23,7 @@ pub mod config;
 mod denials;
 mod guard;
 mod listen;
+pub mod load;
 mod msgpack;
 mod node;
 mod problem;
