@@ -2,7 +2,11 @@
 //!
 //! `kuma-node` is a thin binary over this library. The interface is described in docs/http.md, and by the node itself at `/openapi.json`.
 
+pub mod cli;
 pub mod config;
+pub mod process;
+pub mod tls;
+pub mod tokens;
 pub mod wire;
 
 pub use config::Config;
