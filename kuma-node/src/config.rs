@@ -1,8 +1,20 @@
-//! What a server is configured with.
+//! What a server is configured with, and where each setting comes from.
+//!
+//! One table ([`settings`]) says for each setting its name, help, default and what is allowed; the flags, the variables, the keys of the
+//! file and what `kuma-node config` prints all follow from it. Invariants: a flag goes before a variable, a variable before the file, the
+//! file before the default; and there is no secret among the settings, only names of files.
+
+mod arguments;
+mod load;
+mod settings;
+mod text;
 
 use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, time::Duration};
 
 use kuma_core::{Durability, KindOptions, MasterKeySource, Options};
+
+pub use arguments::StartArguments;
+pub use load::{CLIENT_VARIABLES, ConfigError, Loaded, Origin, Setting, load, load_from};
 
 /// What a server is configured with. Every field has a default; [`Config::default`] serves `./data` on the loopback address.
 #[derive(Clone, Debug)]
@@ -33,6 +45,10 @@ pub struct Config {
     pub tokens_file: Option<PathBuf>,
     /// Certificate chain and key, PEM; none for plain HTTP.
     pub tls: Option<TlsFiles>,
+    /// What is logged: a directive such as `info,kuma_node=debug`.
+    pub log: String,
+    /// How it is written.
+    pub log_format: LogFormat,
     /// Whether each request is logged.
     pub access_log: bool,
     /// The largest body of a request that is read whole.
@@ -63,6 +79,16 @@ pub struct Config {
     pub shutdown_timeout: Duration,
     /// Settings of single kinds.
     pub kinds: BTreeMap<String, KindConfig>,
+}
+
+/// How log lines are written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum LogFormat {
+    /// For people.
+    #[default]
+    Text,
+    /// An object a line.
+    Json,
 }
 
 /// Files of TLS, PEM.
@@ -101,6 +127,8 @@ impl Default for Config {
             backup_dir: None,
             tokens_file: None,
             tls: None,
+            log: "info".to_owned(),
+            log_format: LogFormat::Text,
             access_log: true,
             body_bytes_max: 16 << 20,
             body_memory_max: 256 << 20,
@@ -133,6 +161,11 @@ impl Config {
             path.push("-backups");
             path.into()
         })
+    }
+
+    /// Where the master key is.
+    pub fn master_key_file(&self) -> PathBuf {
+        self.master_key_file.clone().unwrap_or_else(|| self.data.join("master.key"))
     }
 
     /// Where the hashes of tokens are.
