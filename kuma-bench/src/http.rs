@@ -212,7 +212,7 @@ async fn measure(
 }
 
 async fn sent(load: Load, url: &str, progress: &Arc<Progress>) -> Result<LoadReport> {
-    let client = reqwest::Client::builder().pool_max_idle_per_host(usize::MAX).http1_only().no_proxy().build()?;
+    let client = kuma_node::load::client()?;
     let progress = progress.clone();
     Ok(load.send(client, url, move |events| progress.add(events)).await?)
 }

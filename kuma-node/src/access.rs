@@ -78,12 +78,12 @@ impl<R: Right> FromRequestParts<Arc<Node>> for May<R> {
         let (token, why) = match bearer(&parts.headers) {
             None => (None, "no token"),
             Some(text) => match node.tokens.find(text) {
-                Found::Token(token) if R::SCOPE.is_none_or(|scope| token.scopes().contains(&scope)) => {
-                    let caller = Caller { token: Some(token.name().into()) };
+                Found::Token(token) if R::SCOPE.is_none_or(|scope| token.allows(scope)) => {
+                    let caller = Caller { token: Some(token.name.as_str().into()) };
                     parts.extensions.insert(caller.clone());
                     return Ok(May { caller, right: PhantomData });
                 }
-                Found::Token(token) => (Some(token.name().to_owned()), "the token does not have the scope"),
+                Found::Token(token) => (Some(token.name.clone()), "the token does not have the scope"),
                 Found::Expired { name } => (Some(name), "the token has expired"),
                 Found::Unknown => (None, "the token is not known"),
             },

@@ -15,9 +15,22 @@
 //! # }
 //! ```
 
+mod access;
+mod api;
+mod append_body;
+mod body;
 pub mod cli;
 pub mod config;
+mod denials;
+mod guard;
+mod listen;
+pub mod load;
+mod msgpack;
+mod node;
+mod problem;
 pub mod process;
+mod projection_files;
+mod server;
 pub mod tls;
 pub mod tokens;
 pub mod wire;

@@ -90,6 +90,21 @@ pub enum LoadError {
     Options(&'static str),
 }
 
+/// A client for a load to a node that is asked over plain HTTP and without a token.
+///
+/// # Errors
+/// The client cannot be made.
+pub fn client() -> Result<reqwest::Client, LoadError> {
+    // It may be there already.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    Ok(reqwest::Client::builder()
+        .pool_max_idle_per_host(usize::MAX)
+        .http1_only()
+        .no_proxy()
+        .tcp_nodelay(true)
+        .build()?)
+}
+
 /// What all connections of a load share.
 struct Run {
     load: Load,

@@ -1,10 +1,7 @@
 //! What all requests share.
 
 use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
-    },
+    sync::{Arc, atomic::AtomicUsize},
     time::Instant,
 };
 
@@ -20,8 +17,6 @@ pub(crate) struct Node {
     pub(crate) config: Config,
     pub(crate) kuma: Kuma,
     pub(crate) tokens: Tokens,
-    /// Whether tokens were seen since the start. From then on nothing is open, whatever becomes of the file.
-    has_seen_tokens: AtomicBool,
     pub(crate) denials: Denials,
     pub(crate) projections: Arc<ProjectionFiles>,
     pub(crate) metrics: PrometheusHandle,
@@ -50,7 +45,6 @@ impl Node {
     ) -> Self {
         let permits = |permits: usize| Arc::new(Semaphore::new(permits.clamp(1, Semaphore::MAX_PERMITS)));
         Node {
-            has_seen_tokens: AtomicBool::new(!tokens.is_empty()),
             denials,
             projections,
             metrics,
@@ -69,10 +63,7 @@ impl Node {
 
     /// Whether everybody may do everything: there were never tokens, and only this machine is listened to.
     pub(crate) fn is_open(&self) -> bool {
-        if !self.has_seen_tokens.load(Relaxed) && !self.tokens.is_empty() {
-            self.has_seen_tokens.store(true, Relaxed);
-        }
-        !self.has_seen_tokens.load(Relaxed) && self.config.listen.ip().is_loopback()
+        self.tokens.is_open() && self.config.listen.ip().is_loopback()
     }
 
     /// Room for one more stream. To be kept until it ends.

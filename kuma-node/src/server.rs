@@ -24,6 +24,7 @@ use crate::{
     guard::guard,
     listen::Gate,
     node::Node,
+    problem::full,
     projection_files::ProjectionFiles,
     tls::{self, TlsError},
     tokens::{Tokens, TokensError},
@@ -91,11 +92,19 @@ impl Server {
         let refused = |source| ServerError::Listen { address: config.listen, source };
         let listener = bind(config.listen).map_err(refused)?;
         let address = listener.local_addr().map_err(refused)?;
-        let tls = config.tls.as_ref().map(tls::load).transpose()?;
+        let tls = match &config.tls {
+            None => None,
+            Some(files) => {
+                let (tls, warnings) = tls::load(files)?;
+                warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
+                Some(tls)
+            }
+        };
         let metrics = recorder()?;
         let tokens_file = config.tokens_file();
-        let tokens = Tokens::open(&tokens_file)?;
-        if tokens.is_empty() && !config.listen.ip().is_loopback() {
+        let (tokens, warnings) = Tokens::open(&tokens_file)?;
+        warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
+        if tokens.is_open() && !config.listen.ip().is_loopback() {
             return Err(ServerError::NoTokens { address, tokens_file });
         }
         let kuma = Kuma::start(config.options()).await?;
@@ -145,7 +154,7 @@ impl Server {
         self.node.projections.look(true).await;
         self.node.tokens.reload()?;
         if let (Some(config), Some(files)) = (&self.tls, &self.node.config.tls) {
-            tls::reload(config, files).await?;
+            tls::reload(config, files)?.iter().for_each(|warning| tracing::warn!("{warning}"));
         }
         Ok(())
     }
@@ -228,18 +237,13 @@ async fn serve(
 /// Takes over what changes in files, and tidies up.
 async fn look_after(node: Arc<Node>) {
     let mut upkeep = std::time::Instant::now();
-    let mut told = None;
     while node.stopping.run_until_cancelled(tokio::time::sleep(RELOAD_EVERY)).await.is_some() {
         match node.tokens.reload() {
             Ok(true) => tracing::info!("the tokens have changed"),
-            Ok(false) => told = None,
-            // Once, and not every other second.
+            Ok(false) => {}
+            // Said once, until the file changes again.
             Err(error) => {
-                let error = error.to_string();
-                if told.as_ref() != Some(&error) {
-                    tracing::error!(error, "the tokens cannot be read; those that were known stay in force");
-                    told = Some(error);
-                }
+                tracing::error!(error = full(&error), "the tokens cannot be read; those that were known stay in force")
             }
         }
         if upkeep.elapsed() >= UPKEEP_EVERY {

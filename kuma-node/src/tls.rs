@@ -105,7 +105,11 @@ fn server_config(files: &TlsFiles) -> Result<(ServerConfig, Vec<String>), TlsErr
     })?;
     let mode = fs::metadata(key).map_or(0, |metadata| metadata.mode());
     if mode & 0o007 != 0 {
-        warnings.push(format!("the private key {} can be used by every user (mode {:03o}); make it 0600", key.display(), mode & 0o777));
+        warnings.push(format!(
+            "the private key {} can be used by every user (mode {:03o}); make it 0600",
+            key.display(),
+            mode & 0o777
+        ));
     }
     let refused = |source| match source {
         rustls::Error::InconsistentKeys(_) => TlsError::Mismatch { cert: cert.clone(), key: key.clone() },
@@ -263,7 +267,9 @@ mod tests {
     #[test]
     fn a_certificate_that_expires_is_warned_of() {
         let key = KeyPair::generate().unwrap();
-        for (year, at) in [(2001, "2001-02-03T00:00:00Z"), (2049, "2049-02-03T00:00:00Z"), (2051, "2051-02-03T00:00:00Z")] {
+        for (year, at) in
+            [(2001, "2001-02-03T00:00:00Z"), (2049, "2049-02-03T00:00:00Z"), (2051, "2051-02-03T00:00:00Z")]
+        {
             let mut params = CertificateParams::new(["localhost".to_owned()]).unwrap();
             params.not_before = date_time_ymd(1999, 1, 1);
             params.not_after = date_time_ymd(year, 2, 3);

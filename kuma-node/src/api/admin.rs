@@ -100,8 +100,8 @@ pub(crate) async fn status(State(node): State<Arc<Node>>, _may: May<access::AnyT
     };
     let body = wire::StatusBody {
         context: node.kuma.context().to_owned(),
-        version: env!("CARGO_PKG_VERSION").to_owned(),
-        build: process::build_info().to_owned(),
+        version: process::build_info().version.to_owned(),
+        build: process::build_info().build.to_owned(),
         uptime_ms: u64::try_from(node.started.elapsed().as_millis()).unwrap_or(u64::MAX),
         is_ready: health::readiness(&node).0 == StatusCode::OK,
         durability: match stats.durability {

@@ -187,7 +187,11 @@ pub fn load_from(
     let mut given: BTreeMap<&'static str, Given> = BTreeMap::new();
     let mut kinds = Vec::new();
     if let Some((path, origin)) = environment.file(arguments) {
-        let text = std::fs::read_to_string(&path).map_err(|source| ConfigError::File { path: path.clone(), origin, source })?;
+        let text = std::fs::read_to_string(&path).map_err(|source| ConfigError::File {
+            path: path.clone(),
+            origin,
+            source,
+        })?;
         File { path: &path, text: &text }.read(&mut given, &mut kinds)?;
     }
     for setting in SETTINGS {
@@ -249,7 +253,9 @@ fn finish(draft: Draft, given: &BTreeMap<&'static str, Given>) -> Result<Config,
         (Some(cert), Some(key)) => Some(TlsFiles { cert, key }),
         (None, None) => None,
         (Some(_), None) => return Err(conflict("tls_key", "tls_cert", "TLS needs both; set the key too, or neither")),
-        (None, Some(_)) => return Err(conflict("tls_cert", "tls_key", "TLS needs both; set the certificate too, or neither")),
+        (None, Some(_)) => {
+            return Err(conflict("tls_cert", "tls_key", "TLS needs both; set the certificate too, or neither"));
+        }
     };
     if config.body_bytes_max > config.body_memory_max {
         let reason = "the largest body must fit into the memory for bodies; lower the first or raise the second";
@@ -257,7 +263,11 @@ fn finish(draft: Draft, given: &BTreeMap<&'static str, Given>) -> Result<Config,
     }
     let data = plain(&config.data);
     if plain(&config.backup_dir()).starts_with(&data) {
-        return Err(conflict("backup_dir", "data", "a backup cannot lie in what it is a backup of; take another directory"));
+        return Err(conflict(
+            "backup_dir",
+            "data",
+            "a backup cannot lie in what it is a backup of; take another directory",
+        ));
     }
     if config.projections_dir.as_ref().is_some_and(|directory| plain(directory).starts_with(&data)) {
         let reason = "the store keeps its own files there, read models among them; take a directory outside of it";
@@ -314,7 +324,9 @@ impl Environment {
     /// A misspelt variable would go unnoticed. No error: an orchestrator may set some of its own, and the client has others.
     fn warnings(&self) -> Vec<String> {
         let names: Vec<String> = SETTINGS.iter().map(Definition::variable).collect();
-        let known = |name: &str| names.iter().any(|known| known == name) || name == FILE_VARIABLE || CLIENT_VARIABLES.contains(&name);
+        let known = |name: &str| {
+            names.iter().any(|known| known == name) || name == FILE_VARIABLE || CLIENT_VARIABLES.contains(&name)
+        };
         let warning = |name: &String| match closest(name, names.iter().map(String::as_str)) {
             Some(meant) => format!("the variable {name} is not used; did you mean {meant}?"),
             None => format!("the variable {name} is not used"),
@@ -474,7 +486,8 @@ mod tests {
 
     #[test]
     fn with_nothing_said_everything_is_default() {
-        let loaded = load_from(&StartArguments::default(), environment(&[("PATH", "/bin"), ("KUMA_LISTEN", "")])).unwrap();
+        let loaded =
+            load_from(&StartArguments::default(), environment(&[("PATH", "/bin"), ("KUMA_LISTEN", "")])).unwrap();
         assert_eq!(format!("{:?}", loaded.config), format!("{:?}", Config::default()));
         assert!(loaded.settings.iter().all(|setting| setting.origin == Origin::Default));
         assert_eq!(loaded.settings.len(), SETTINGS.len());
@@ -512,7 +525,8 @@ mod tests {
     fn a_bad_value_is_refused_with_its_setting_its_origin_and_what_is_allowed() {
         let flag = load_from(&StartArguments::default().with("header_timeout", "1h"), []).unwrap_err();
         insta::assert_snapshot!(flag, @r#"header_timeout = "1h" (flag --header-timeout) cannot be used; allowed is a duration with its unit from 1s to 5m, such as 500ms, 10s, 5m or 1h"#);
-        let variable = load_from(&StartArguments::default(), environment(&[("KUMA_CONNECTIONS_MAX", "0")])).unwrap_err();
+        let variable =
+            load_from(&StartArguments::default(), environment(&[("KUMA_CONNECTIONS_MAX", "0")])).unwrap_err();
         insta::assert_snapshot!(variable, @r#"connections_max = "0" (variable KUMA_CONNECTIONS_MAX) cannot be used; allowed is a number from 1 to 1000000"#);
         insta::assert_snapshot!(refused("data = \"d\"\ndurability = \"fast\"\n"), @r#"durability = "fast" (DIR/kuma-node.toml:2) cannot be used; allowed is "full" or "normal""#);
         insta::assert_snapshot!(refused("listen = \"localhost\"\n"), @"");
@@ -611,7 +625,8 @@ mod tests {
         let content = std::fs::read_to_string(path).unwrap();
         assert!(load_from(&StartArguments::default().with_file(path), []).is_ok());
         for setting in SETTINGS {
-            let lines: Vec<&str> = content.lines().filter(|line| line.starts_with(&format!("#{} = ", setting.name))).collect();
+            let lines: Vec<&str> =
+                content.lines().filter(|line| line.starts_with(&format!("#{} = ", setting.name))).collect();
             assert_eq!(lines.len(), 1, "{}", setting.name);
             if let Fallback::Value(default) = setting.default {
                 let value = lines[0].split_once(" = ").unwrap().1.trim_matches('"');

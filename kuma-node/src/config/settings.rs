@@ -193,7 +193,9 @@ mod tests {
 
     #[test]
     fn limits_that_would_stop_everything_are_refused() {
-        for setting in SETTINGS.iter().filter(|setting| setting.name.ends_with("_max") || setting.name.ends_with("_timeout")) {
+        for setting in
+            SETTINGS.iter().filter(|setting| setting.name.ends_with("_max") || setting.name.ends_with("_timeout"))
+        {
             let zero = if setting.name.ends_with("_timeout") { "0s" } else { "0" };
             let may_be_zero = setting.name == "shutdown_timeout";
             assert_eq!((setting.set)(&mut Draft::default(), zero).is_ok(), may_be_zero, "{}", setting.name);

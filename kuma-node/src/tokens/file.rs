@@ -166,7 +166,8 @@ impl TokenFile {
         let mut warnings = Vec::new();
         if metadata.mode() & 0o077 != 0 {
             let mode = metadata.mode() & 0o777;
-            warnings.push(format!("{} can be used by other users (mode {mode:03o}); make it 0600", self.path.display()));
+            warnings
+                .push(format!("{} can be used by other users (mode {mode:03o}); make it 0600", self.path.display()));
         }
         Ok(Content { exists: true, tokens: tokens.into_iter().map(Arc::new).collect(), warnings })
     }
@@ -175,7 +176,12 @@ impl TokenFile {
     ///
     /// # Errors
     /// [`TokensError`]; the file is as it was.
-    pub fn create(&self, name: &str, scopes: &[Scope], expires: Option<Duration>) -> Result<(Token, Secret), TokensError> {
+    pub fn create(
+        &self,
+        name: &str,
+        scopes: &[Scope],
+        expires: Option<Duration>,
+    ) -> Result<(Token, Secret), TokensError> {
         if !is_name(name) {
             return Err(TokensError::Name);
         }
@@ -185,7 +191,8 @@ impl TokenFile {
         let now = Timestamp::from_second(Timestamp::now().as_second()).unwrap_or(Timestamp::UNIX_EPOCH);
         let expires_at = expires.map(|after| expiry(now, after).ok_or(TokensError::Expiry)).transpose()?;
         self.edit(|tokens| {
-            let live: Vec<&Token> = tokens.iter().filter(|token| token.name == name && !token.is_expired(now)).collect();
+            let live: Vec<&Token> =
+                tokens.iter().filter(|token| token.name == name && !token.is_expired(now)).collect();
             if live.len() >= LIVE_MAX {
                 return Err(TokensError::TooMany { name: name.to_owned(), ids: ids(live) });
             }
@@ -254,7 +261,9 @@ impl TokenFile {
         loop {
             match file.try_lock() {
                 Ok(()) => return Ok(file),
-                Err(TryLockError::WouldBlock) if begun.elapsed() < LOCK_TIMEOUT => std::thread::sleep(Duration::from_millis(10)),
+                Err(TryLockError::WouldBlock) if begun.elapsed() < LOCK_TIMEOUT => {
+                    std::thread::sleep(Duration::from_millis(10))
+                }
                 Err(TryLockError::WouldBlock) => return Err(TokensError::Locked { path }),
                 Err(TryLockError::Error(error)) => return Err(fail(error)),
             }
@@ -284,9 +293,11 @@ impl TokenFile {
         }
         fs::rename(&path, &self.path).map_err(fail)?;
         let directory = self.directory();
-        File::open(directory)
-            .and_then(|directory| directory.sync_all())
-            .map_err(|source| TokensError::Io { what: "sync", path: directory.to_owned(), source })
+        File::open(directory).and_then(|directory| directory.sync_all()).map_err(|source| TokensError::Io {
+            what: "sync",
+            path: directory.to_owned(),
+            source,
+        })
     }
 
     /// Gives `file` to whoever the file of tokens belongs to. An administrator who makes a token as root must not lock the server out.
@@ -475,16 +486,21 @@ mod tests {
     #[test]
     fn a_token_is_kept_for_its_owner_alone_and_read_back() {
         let (_dir, file) = setup();
-        let (made, _) = file.create("app", &[Scope::Read, Scope::Append, Scope::Read], Some(Duration::from_secs(3600))).unwrap();
+        let (made, _) =
+            file.create("app", &[Scope::Read, Scope::Append, Scope::Read], Some(Duration::from_secs(3600))).unwrap();
         let content = file.load().unwrap();
         assert!(content.exists && content.warnings.is_empty());
         let read = &content.tokens[0];
-        assert_eq!((&read.id, &read.name, &read.scopes, read.sha256), (&made.id, &made.name, &made.scopes, made.sha256));
+        assert_eq!(
+            (&read.id, &read.name, &read.scopes, read.sha256),
+            (&made.id, &made.name, &made.scopes, made.sha256)
+        );
         assert_eq!((read.created_at, read.expires_at), (made.created_at, made.expires_at));
         assert_eq!(made.expires_at.unwrap().as_second() - made.created_at.as_second(), 3600);
         let mode = |path: &Path| fs::metadata(path).unwrap().mode() & 0o777;
         assert_eq!((mode(file.path()), mode(file.directory())), (0o600, 0o700));
-        let left: BTreeSet<_> = fs::read_dir(file.directory()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        let left: BTreeSet<_> =
+            fs::read_dir(file.directory()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
         assert_eq!(left, BTreeSet::from(["tokens.json".into(), "tokens.json.lock".into()]));
     }
 
@@ -494,7 +510,10 @@ mod tests {
         let (first, _) = file.create("app", &[Scope::Read], None).unwrap();
         let (second, _) = file.create("app", &[Scope::Read], None).unwrap();
         let error = file.create("app", &[Scope::Read], None).unwrap_err();
-        let expected = format!("there are already two tokens named app in force ({}, {}); revoke one of them first", first.id, second.id);
+        let expected = format!(
+            "there are already two tokens named app in force ({}, {}); revoke one of them first",
+            first.id, second.id
+        );
         assert_eq!(error.to_string(), expected);
         file.create("other", &[Scope::Read], None).unwrap();
         assert!(matches!(file.revoke("app", false), Err(TokensError::Ambiguous { count: 2, .. })));
@@ -512,7 +531,9 @@ mod tests {
         for _ in 0..2 {
             file.create("app", &[Scope::Read], None).unwrap();
         }
-        let expired = fs::read_to_string(file.path()).unwrap().replace("\"created_at\"", "\"expires_at\": \"2020-01-01T00:00:00Z\", \"created_at\"");
+        let expired = fs::read_to_string(file.path())
+            .unwrap()
+            .replace("\"created_at\"", "\"expires_at\": \"2020-01-01T00:00:00Z\", \"created_at\"");
         fs::write(file.path(), expired).unwrap();
         file.create("app", &[Scope::Read], None).unwrap();
         assert_eq!(names(&file).len(), 3);
@@ -564,7 +585,8 @@ mod tests {
         insta::assert_snapshot!(refused(good.replace("\"format\": 1", "\"format\": 7")), @"");
         insta::assert_snapshot!(refused(good.replace("\"sha256\": \"", "\"sha256\": \"0")), @"");
         // A text where its hash belongs is not repeated.
-        let with_text = refused(good.replace("\"name\": \"app\"", &format!("\"name\": {{\"{}\": 1}}", secret.expose())));
+        let with_text =
+            refused(good.replace("\"name\": \"app\"", &format!("\"name\": {{\"{}\": 1}}", secret.expose())));
         assert!(!with_text.contains(secret.expose()));
         let with_text = refused(good.replace("\"name\"", &format!("\"{}\": 1, \"name\"", secret.expose())));
         assert!(!with_text.contains(secret.expose()));
@@ -572,7 +594,12 @@ mod tests {
 
     #[test]
     fn two_tokens_with_one_id_are_refused() {
-        let entry = |name| format!("{{\"id\":\"abcdefgh\",\"name\":\"{name}\",\"scopes\":[\"read\"],\"sha256\":\"{}\",\"created_at\":\"2026-01-01T00:00:00Z\"}}", "0".repeat(64));
+        let entry = |name| {
+            format!(
+                "{{\"id\":\"abcdefgh\",\"name\":\"{name}\",\"scopes\":[\"read\"],\"sha256\":\"{}\",\"created_at\":\"2026-01-01T00:00:00Z\"}}",
+                "0".repeat(64)
+            )
+        };
         let text = |second| format!("{{\"format\":1,\"tokens\":[{},{second}]}}", entry("a"));
         assert_eq!(parse(text(entry("b")).as_bytes()).unwrap_err(), "token 2 of the list has the id of another one");
         assert_eq!(parse(text(entry("b").replace("gh\"", "gi\"")).as_bytes()).unwrap().len(), 2);
