@@ -2,6 +2,8 @@
 //!
 //! `kuma-node` is a thin binary over this library. The interface is described in docs/http.md, and by the node itself at `/openapi.json`.
 
+pub mod cli;
+pub mod client;
 pub mod config;
 pub mod wire;
 
