@@ -1,4 +1,4 @@
-//! The server's binary.
+//! The server's binary: [`kuma_node::cli`] on a runtime.
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
