@@ -214,5 +214,5 @@ async fn measure(
 async fn sent(load: Load, url: &str, progress: &Arc<Progress>) -> Result<LoadReport> {
     let client = kuma_node::load::client()?;
     let progress = progress.clone();
-    Ok(load.send(client, url, move |events| progress.add(events)).await?)
+    Ok(load.send(client, None, url, move |events| progress.add(events)).await?)
 }

@@ -202,6 +202,11 @@ impl Client {
         Ok(Client { http, base: url.as_str().trim_end_matches('/').to_owned(), token })
     }
 
+    /// The connections, with the token on each request.
+    pub(crate) fn http(&self) -> (reqwest::Client, Option<HeaderValue>) {
+        (self.http.clone(), self.token.clone())
+    }
+
     /// Where the node is.
     pub fn url(&self) -> &str {
         &self.base

@@ -20,6 +20,7 @@ mod api;
 mod append_body;
 mod body;
 pub mod cli;
+pub mod client;
 pub mod config;
 mod denials;
 mod guard;
@@ -35,5 +36,6 @@ pub mod tls;
 pub mod tokens;
 pub mod wire;
 
+pub use client::{Client, ClientError, ClientOptions};
 pub use config::Config;
 pub use server::{Server, ServerError};

@@ -14,6 +14,10 @@ use std::{
 use bytes::Bytes;
 use futures_util::{StreamExt, TryStreamExt, stream};
 use hdrhistogram::Histogram;
+use reqwest::{
+    RequestBuilder,
+    header::{AUTHORIZATION, HeaderValue},
+};
 use serde::Serialize;
 use tokio::sync::{Semaphore, mpsc};
 
@@ -110,6 +114,7 @@ struct Run {
     load: Load,
     url: String,
     client: reqwest::Client,
+    token: Option<HeaderValue>,
     /// Differs from one run to the next, so that keys do.
     name: u64,
     text: String,
@@ -136,7 +141,8 @@ impl Seen {
     fn acknowledged(&mut self, events: u64, since: Instant) {
         self.events += events;
         self.appends += 1;
-        self.times.saturating_record(u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX));
+        // It grows with what it is given.
+        let _ = self.times.record(u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX));
     }
 
     fn failed(&mut self, why: String) {
@@ -171,6 +177,7 @@ impl Load {
     pub async fn send(
         self,
         client: reqwest::Client,
+        token: Option<HeaderValue>,
         url: &str,
         told: impl Fn(u64) + Send + Sync + 'static,
     ) -> Result<LoadReport, LoadError> {
@@ -188,12 +195,13 @@ impl Load {
             load: self,
             url: url.trim_end_matches('/').to_owned(),
             client,
+            token,
             name,
             text,
             sent: AtomicU64::new(0),
             told: Box::new(told),
         });
-        let tasks: Vec<_> = (0..connections).map(|number| tokio::spawn(run.clone().connection(number))).collect();
+        let tasks: Vec<_> = (0..connections).map(|_| tokio::spawn(run.clone().connection())).collect();
         let mut all = Seen::new()?;
         for task in tasks {
             match task.await {
@@ -285,7 +293,14 @@ impl Run {
         format!("{:x}-{append:x}", self.name)
     }
 
-    async fn connection(self: Arc<Self>, _number: usize) -> Result<Seen, LoadError> {
+    fn authorized(&self, request: RequestBuilder) -> RequestBuilder {
+        match &self.token {
+            Some(token) => request.header(AUTHORIZATION, token.clone()),
+            None => request,
+        }
+    }
+
+    async fn connection(self: Arc<Self>) -> Result<Seen, LoadError> {
         match self.load.in_flight {
             None => self.requests().await,
             Some(in_flight) => self.stream(in_flight).await,
@@ -301,7 +316,7 @@ impl Run {
             self.body(append, None, &mut body);
             let since = Instant::now();
             let url = format!("{}/v1/entities/load/{}/events", self.url, self.id(append));
-            let mut request = self.client.post(url).header("content-type", content_type).body(body);
+            let mut request = self.authorized(self.client.post(url)).header("content-type", content_type).body(body);
             if self.load.keys {
                 request = request.header("idempotency-key", self.key(append));
             }
@@ -346,7 +361,8 @@ impl Run {
             (!chunk.is_empty()).then(|| (Ok::<_, std::io::Error>(Bytes::from(chunk)), (run, room, sent)))
         });
         let content_type = if self.load.message_pack { "application/msgpack" } else { "application/x-ndjson" };
-        let request = self.client.post(format!("{}/v1/append", self.url)).header("content-type", content_type);
+        let request =
+            self.authorized(self.client.post(format!("{}/v1/append", self.url))).header("content-type", content_type);
         let response = request.body(reqwest::Body::wrap_stream(chunks)).send().await?;
         if !response.status().is_success() {
             seen.failed(format!("{}: {}", response.status(), response.text().await.unwrap_or_default()));

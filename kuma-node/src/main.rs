@@ -1,19 +1,21 @@
 //! The server's binary: [`kuma_node::cli`] on a runtime.
 
+use std::process::ExitCode;
+
+/// glibc keeps what was freed, and is slow at passing memory between threads, which is what an append does.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-#[tokio::main]
-async fn main() -> anyhow::Result<()> {
-    tracing_subscriber::fmt().with_writer(std::io::stderr).init();
-    let mut config = kuma_node::Config::new(std::env::args().nth(1).unwrap_or("./data".into()));
-    config.access_log = false;
-    if let Some(dir) = std::env::args().nth(2) {
-        config.projections_dir = Some(dir.into());
-    }
-    let server = kuma_node::Server::start(config).await?;
-    eprintln!("{}", server.url());
-    tokio::signal::ctrl_c().await?;
-    server.stop().await;
-    Ok(())
+fn main() -> ExitCode {
+    let runtime = match tokio::runtime::Runtime::new() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("error: the process cannot start its threads: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let code = runtime.block_on(kuma_node::cli::main());
+    // A thread that waits for standard input would be waited for.
+    runtime.shutdown_background();
+    code
 }
