@@ -21,7 +21,9 @@ pub fn harden() -> Vec<String> {
     let no_core = setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) });
     // Beside the limit: a core that is piped into a program (systemd-coredump) is not bound by it.
     let not_dumpable = set_dumpable_behavior(DumpableBehavior::NotDumpable);
-    let failed = |what: &str, error: rustix::io::Errno| format!("{what} ({error}): a core dump would hold keys and events in clear");
+    let failed = |what: &str, error: rustix::io::Errno| {
+        format!("{what} ({error}): a core dump would hold keys and events in clear")
+    };
     let no_core = no_core.err().map(|error| failed("core dumps cannot be turned off", error));
     let not_dumpable = not_dumpable.err().map(|error| failed("the process cannot be made undumpable", error));
     no_core.into_iter().chain(not_dumpable).collect()
@@ -238,7 +240,7 @@ mod tests {
             .output()
             .unwrap();
         assert!(child.status.success(), "{child:?}");
-        let mut told = || {
+        let told = || {
             let mut buffer = [0; 256];
             let length = socket.recv(&mut buffer).unwrap();
             String::from_utf8(buffer[..length].to_vec()).unwrap()

@@ -127,7 +127,11 @@ impl Token {
 impl fmt::Debug for Token {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let scopes: Vec<&str> = self.scopes.iter().map(|scope| scope.as_str()).collect();
-        f.debug_struct("Token").field("id", &self.id).field("name", &self.name).field("scopes", &scopes).finish_non_exhaustive()
+        f.debug_struct("Token")
+            .field("id", &self.id)
+            .field("name", &self.name)
+            .field("scopes", &scopes)
+            .finish_non_exhaustive()
     }
 }
 
@@ -334,7 +338,8 @@ mod tests {
         let Found::Token(token) = found else { panic!("not found") };
         assert!(token.allows(Scope::Append) && !token.allows(Scope::Read) && !token.allows(Scope::Admin));
         // The id of one with the secret of another.
-        let mixed = format!("{}{}", &secret.expose()[..PREFIX.len() + ID_BYTES], &other.expose()[PREFIX.len() + ID_BYTES..]);
+        let mixed =
+            format!("{}{}", &secret.expose()[..PREFIX.len() + ID_BYTES], &other.expose()[PREFIX.len() + ID_BYTES..]);
         let unknown = format!("kuma_zzzzzzzz_{}", &secret.expose()[PREFIX.len() + ID_BYTES + 1..]);
         let changed = format!("{}!", &secret.expose()[..TEXT_BYTES - 1]);
         for bad in ["", "kuma_", &mixed, &unknown, &changed, &app.id, &format!("{} ", secret.expose())] {

@@ -46,9 +46,17 @@ mod tests {
         let loaded = load_from(&StartArguments::default().with("data", "/d"), environment).unwrap();
         insta::assert_snapshot!(show(&loaded, false, false).unwrap());
         let json: serde_json::Value = serde_json::from_str(&show(&loaded, true, false).unwrap()).unwrap();
-        let of = |name: &str| json["settings"].as_array().unwrap().iter().find(|setting| setting["name"] == name).unwrap().clone();
-        assert_eq!(of("data"), serde_json::json!({"name": "data", "value": "/d", "origin": {"from": "flag", "flag": "--data"}}));
-        assert_eq!(of("requests_max")["origin"], serde_json::json!({"from": "environment", "variable": "KUMA_REQUESTS_MAX"}));
+        let of = |name: &str| {
+            json["settings"].as_array().unwrap().iter().find(|setting| setting["name"] == name).unwrap().clone()
+        };
+        assert_eq!(
+            of("data"),
+            serde_json::json!({"name": "data", "value": "/d", "origin": {"from": "flag", "flag": "--data"}})
+        );
+        assert_eq!(
+            of("requests_max")["origin"],
+            serde_json::json!({"from": "environment", "variable": "KUMA_REQUESTS_MAX"})
+        );
         assert_eq!(of("shards")["value"], serde_json::Value::Null);
         assert_eq!(json["warnings"][0], "the variable KUMA_DATTA is not used; did you mean KUMA_DATA?");
     }

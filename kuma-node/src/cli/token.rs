@@ -155,11 +155,17 @@ fn created(about: &Token, secret: &Secret, json: bool) -> anyhow::Result<zeroize
 fn list(file: &TokenFile, json: bool, is_terminal: bool) -> anyhow::Result<Done> {
     let content = file.load()?;
     if json {
-        return Ok(Done { output: (serde_json::to_string_pretty(&content.tokens)? + "\n").into(), notes: content.warnings });
+        return Ok(Done {
+            output: (serde_json::to_string_pretty(&content.tokens)? + "\n").into(),
+            notes: content.warnings,
+        });
     }
     let mut notes = content.warnings;
     match (content.exists, content.tokens.is_empty()) {
-        (false, _) => notes.push(format!("There is no {}: a node needs no token, and takes requests on loopback addresses only.", file.path().display())),
+        (false, _) => notes.push(format!(
+            "There is no {}: a node needs no token, and takes requests on loopback addresses only.",
+            file.path().display()
+        )),
         (true, true) => notes.push("There is no token: the node lets nobody in.".to_owned()),
         (true, false) => (),
     }
@@ -178,7 +184,8 @@ impl RevokeArguments {
         if json {
             return Ok(Done { output: (serde_json::to_string_pretty(&revoked)? + "\n").into(), notes: Vec::new() });
         }
-        let lines: Vec<String> = revoked.iter().map(|token| format!("revoked {} of {}\n", token.id, token.name)).collect();
+        let lines: Vec<String> =
+            revoked.iter().map(|token| format!("revoked {} of {}\n", token.id, token.name)).collect();
         let mut notes = Vec::new();
         if file.load()?.tokens.is_empty() {
             notes.push("No token is left: a node with this file lets nobody in.".to_owned());
@@ -249,7 +256,11 @@ mod tests {
         for json in [false, true] {
             let listed = run(&dir, "list", json).unwrap();
             assert!(listed.output.contains(&token.id) && listed.output.contains("append"));
-            assert!(!listed.output.contains(text) && !listed.output.contains("sha256") && !listed.output.contains(&text[20..]));
+            assert!(
+                !listed.output.contains(text)
+                    && !listed.output.contains("sha256")
+                    && !listed.output.contains(&text[20..])
+            );
         }
         let revoked = run(&dir, "revoke app", false).unwrap();
         assert_eq!(*revoked.output, format!("revoked {} of app\n", token.id));

@@ -52,11 +52,11 @@ impl Args for StartArguments {
                 _ => ValueHint::Other,
             };
             command.arg(
-                Arg::new(setting.name)
-                    .long(setting.flag())
-                    .value_name(setting.value)
-                    .value_hint(hint)
-                    .help(format!("{} [default: {default}] [env: {}]", setting.help, setting.variable())),
+                Arg::new(setting.name).long(setting.flag()).value_name(setting.value).value_hint(hint).help(format!(
+                    "{} [default: {default}] [env: {}]",
+                    setting.help,
+                    setting.variable()
+                )),
             )
         })
     }
@@ -100,10 +100,15 @@ mod tests {
 
     #[test]
     fn each_setting_has_a_flag() {
-        let cli = Cli::try_parse_from(["kuma-node", "--data", "/d", "--header-timeout=3s", "--config", "k.toml"]).unwrap();
-        assert_eq!(cli.start, StartArguments::default().with("data", "/d").with("header_timeout", "3s").with_file("k.toml"));
+        let cli =
+            Cli::try_parse_from(["kuma-node", "--data", "/d", "--header-timeout=3s", "--config", "k.toml"]).unwrap();
+        assert_eq!(
+            cli.start,
+            StartArguments::default().with("data", "/d").with("header_timeout", "3s").with_file("k.toml")
+        );
         for setting in SETTINGS {
-            let cli = Cli::try_parse_from(["kuma-node".to_owned(), format!("--{}", setting.flag()), "x".to_owned()]).unwrap();
+            let cli =
+                Cli::try_parse_from(["kuma-node".to_owned(), format!("--{}", setting.flag()), "x".to_owned()]).unwrap();
             assert_eq!(cli.start.flags[setting.name], "x");
         }
         assert!(Cli::try_parse_from(["kuma-node", "--colour", "x"]).is_err());

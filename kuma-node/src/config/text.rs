@@ -4,8 +4,15 @@
 
 use std::{ops::RangeInclusive, time::Duration};
 
-const UNITS: [(&str, u64); 7] =
-    [("B", 1), ("KB", 1000), ("MB", 1_000_000), ("GB", 1_000_000_000), ("KiB", 1 << 10), ("MiB", 1 << 20), ("GiB", 1 << 30)];
+const UNITS: [(&str, u64); 7] = [
+    ("B", 1),
+    ("KB", 1000),
+    ("MB", 1_000_000),
+    ("GB", 1_000_000_000),
+    ("KiB", 1 << 10),
+    ("MiB", 1 << 20),
+    ("GiB", 1 << 30),
+];
 
 /// Bytes: a number, and behind it a unit if it is not bytes.
 pub(super) fn bytes(text: &str, allowed: RangeInclusive<u64>) -> Result<u64, String> {
@@ -18,13 +25,19 @@ pub(super) fn bytes(text: &str, allowed: RangeInclusive<u64>) -> Result<u64, Str
     };
     let bytes = number.parse::<u64>().ok().zip(factor).and_then(|(number, factor)| number.checked_mul(factor));
     bytes.filter(|bytes| allowed.contains(bytes)).ok_or_else(|| {
-        format!("a size from {} to {}, such as 512KiB, 16MiB, 1GiB or a number of bytes", size(*allowed.start()), size(*allowed.end()))
+        format!(
+            "a size from {} to {}, such as 512KiB, 16MiB, 1GiB or a number of bytes",
+            size(*allowed.start()),
+            size(*allowed.end())
+        )
     })
 }
 
 /// The same as it is written: the largest unit that divides it.
 pub(super) fn size(bytes: u64) -> String {
-    let whole = [("GiB", 30), ("MiB", 20), ("KiB", 10)].into_iter().find(|(_, shift)| bytes != 0 && bytes.trailing_zeros() >= *shift);
+    let whole = [("GiB", 30), ("MiB", 20), ("KiB", 10)]
+        .into_iter()
+        .find(|(_, shift)| bytes != 0 && bytes.trailing_zeros() >= *shift);
     match whole {
         Some((unit, shift)) => format!("{}{unit}", bytes >> shift),
         None => bytes.to_string(),
@@ -59,10 +72,13 @@ pub(super) fn switch(text: &str) -> Result<bool, String> {
 }
 
 /// The one of `names` that was probably meant.
-pub(super) fn closest<'a>(name: &str, names: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
-    let near = names.into_iter().map(|other| (distance(name, other), other)).min()?;
-    // A third of it may differ; more is another word.
-    (near.0 * 3 <= name.len().max(3)).then_some(near.1)
+pub(super) fn closest<'a>(name: &str, names: impl IntoIterator<Item = &'a str> + Clone) -> Option<&'a str> {
+    let (distance, near) = names.clone().into_iter().map(|other| (distance(name, other), other)).min()?;
+    // A third of it may differ; more is another word, unless it is the beginning of one.
+    if distance * 3 <= name.len().max(3) {
+        return Some(near);
+    }
+    names.into_iter().find(|other| name.len() >= 3 && other.starts_with(name))
 }
 
 /// How many letters must be put in, taken out or changed (Levenshtein).
@@ -134,12 +150,18 @@ mod tests {
         assert_eq!(closest("lissten", names), Some("listen"));
         assert_eq!(closest("header_timout", names), Some("header_timeout"));
         assert_eq!(closest("colour", names), None);
+        assert_eq!(closest("header", names), Some("header_timeout"));
         assert_eq!(closest("x", names), None);
     }
 
     #[test]
     fn what_looks_like_a_secret_is_not_printed() {
-        for path in ["./data", "/var/lib/kuma/data/projections-2024/tokens.json", "127.0.0.1:4870", "/etc/Kuma2/production/tls/Certificate"] {
+        for path in [
+            "./data",
+            "/var/lib/kuma/data/projections-2024/tokens.json",
+            "127.0.0.1:4870",
+            "/etc/Kuma2/production/tls/Certificate",
+        ] {
             assert_eq!(printable(path), path);
         }
         let token = format!("kuma_abcd1234_{}", "x".repeat(43));

@@ -8,7 +8,7 @@ use std::{
     collections::BTreeSet,
     fs::{self, File, OpenOptions, TryLockError},
     io::{self, Read, Write},
-    os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, fchown},
+    os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, chown, fchown},
     path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, Instant},
@@ -166,7 +166,8 @@ impl TokenFile {
         let mut warnings = Vec::new();
         if metadata.mode() & 0o077 != 0 {
             let mode = metadata.mode() & 0o777;
-            warnings.push(format!("{} can be used by other users (mode {mode:03o}); make it 0600", self.path.display()));
+            warnings
+                .push(format!("{} can be used by other users (mode {mode:03o}); make it 0600", self.path.display()));
         }
         Ok(Content { exists: true, tokens: tokens.into_iter().map(Arc::new).collect(), warnings })
     }
@@ -175,7 +176,12 @@ impl TokenFile {
     ///
     /// # Errors
     /// [`TokensError`]; the file is as it was.
-    pub fn create(&self, name: &str, scopes: &[Scope], expires: Option<Duration>) -> Result<(Token, Secret), TokensError> {
+    pub fn create(
+        &self,
+        name: &str,
+        scopes: &[Scope],
+        expires: Option<Duration>,
+    ) -> Result<(Token, Secret), TokensError> {
         if !is_name(name) {
             return Err(TokensError::Name);
         }
@@ -185,7 +191,8 @@ impl TokenFile {
         let now = Timestamp::from_second(Timestamp::now().as_second()).unwrap_or(Timestamp::UNIX_EPOCH);
         let expires_at = expires.map(|after| expiry(now, after).ok_or(TokensError::Expiry)).transpose()?;
         self.edit(|tokens| {
-            let live: Vec<&Token> = tokens.iter().filter(|token| token.name == name && !token.is_expired(now)).collect();
+            let live: Vec<&Token> =
+                tokens.iter().filter(|token| token.name == name && !token.is_expired(now)).collect();
             if live.len() >= LIVE_MAX {
                 return Err(TokensError::TooMany { name: name.to_owned(), ids: ids(live) });
             }
@@ -242,19 +249,22 @@ impl TokenFile {
 
     fn lock(&self) -> Result<File, TokensError> {
         let directory = self.directory();
-        if !directory.exists() {
-            let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(directory);
-            made.map_err(|source| TokensError::Io { what: "make", path: directory.to_owned(), source })?;
-        }
+        make_directory(directory).map_err(|source| TokensError::Io {
+            what: "make",
+            path: directory.to_owned(),
+            source,
+        })?;
         let path = beside(&self.path, ".lock");
         let fail = |source| TokensError::Io { what: "lock", path: path.clone(), source };
         let file = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&path).map_err(fail)?;
-        self.belong(&file).map_err(fail)?;
+        self.belong(&file).map_err(|_| TokensError::NotOwner { path: self.path.clone() })?;
         let begun = Instant::now();
         loop {
             match file.try_lock() {
                 Ok(()) => return Ok(file),
-                Err(TryLockError::WouldBlock) if begun.elapsed() < LOCK_TIMEOUT => std::thread::sleep(Duration::from_millis(10)),
+                Err(TryLockError::WouldBlock) if begun.elapsed() < LOCK_TIMEOUT => {
+                    std::thread::sleep(Duration::from_millis(10))
+                }
                 Err(TryLockError::WouldBlock) => return Err(TokensError::Locked { path }),
                 Err(TryLockError::Error(error)) => return Err(fail(error)),
             }
@@ -284,9 +294,11 @@ impl TokenFile {
         }
         fs::rename(&path, &self.path).map_err(fail)?;
         let directory = self.directory();
-        File::open(directory)
-            .and_then(|directory| directory.sync_all())
-            .map_err(|source| TokensError::Io { what: "sync", path: directory.to_owned(), source })
+        File::open(directory).and_then(|directory| directory.sync_all()).map_err(|source| TokensError::Io {
+            what: "sync",
+            path: directory.to_owned(),
+            source,
+        })
     }
 
     /// Gives `file` to whoever the file of tokens belongs to. An administrator who makes a token as root must not lock the server out.
@@ -312,6 +324,24 @@ impl TokenFile {
             _ => Path::new("."),
         }
     }
+}
+
+/// Makes a directory that only its owner can use. One that root makes belongs to whoever its parent belongs to, as its files do.
+fn make_directory(path: &Path) -> io::Result<()> {
+    if path.is_dir() {
+        return Ok(());
+    }
+    let parent = path.parent().filter(|parent| *parent != Path::new("")).unwrap_or(Path::new("."));
+    make_directory(parent)?;
+    match fs::DirBuilder::new().mode(0o700).create(path) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => return Ok(()),
+        made => made?,
+    }
+    let (made, parent) = (fs::metadata(path)?, fs::metadata(parent)?);
+    if made.uid() == 0 && parent.uid() != 0 {
+        chown(path, Some(parent.uid()), Some(parent.gid()))?;
+    }
+    Ok(())
 }
 
 fn beside(path: &Path, suffix: &str) -> PathBuf {
@@ -475,16 +505,21 @@ mod tests {
     #[test]
     fn a_token_is_kept_for_its_owner_alone_and_read_back() {
         let (_dir, file) = setup();
-        let (made, _) = file.create("app", &[Scope::Read, Scope::Append, Scope::Read], Some(Duration::from_secs(3600))).unwrap();
+        let (made, _) =
+            file.create("app", &[Scope::Read, Scope::Append, Scope::Read], Some(Duration::from_secs(3600))).unwrap();
         let content = file.load().unwrap();
         assert!(content.exists && content.warnings.is_empty());
         let read = &content.tokens[0];
-        assert_eq!((&read.id, &read.name, &read.scopes, read.sha256), (&made.id, &made.name, &made.scopes, made.sha256));
+        assert_eq!(
+            (&read.id, &read.name, &read.scopes, read.sha256),
+            (&made.id, &made.name, &made.scopes, made.sha256)
+        );
         assert_eq!((read.created_at, read.expires_at), (made.created_at, made.expires_at));
         assert_eq!(made.expires_at.unwrap().as_second() - made.created_at.as_second(), 3600);
         let mode = |path: &Path| fs::metadata(path).unwrap().mode() & 0o777;
         assert_eq!((mode(file.path()), mode(file.directory())), (0o600, 0o700));
-        let left: BTreeSet<_> = fs::read_dir(file.directory()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        let left: BTreeSet<_> =
+            fs::read_dir(file.directory()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
         assert_eq!(left, BTreeSet::from(["tokens.json".into(), "tokens.json.lock".into()]));
     }
 
@@ -494,7 +529,10 @@ mod tests {
         let (first, _) = file.create("app", &[Scope::Read], None).unwrap();
         let (second, _) = file.create("app", &[Scope::Read], None).unwrap();
         let error = file.create("app", &[Scope::Read], None).unwrap_err();
-        let expected = format!("there are already two tokens named app in force ({}, {}); revoke one of them first", first.id, second.id);
+        let expected = format!(
+            "there are already two tokens named app in force ({}, {}); revoke one of them first",
+            first.id, second.id
+        );
         assert_eq!(error.to_string(), expected);
         file.create("other", &[Scope::Read], None).unwrap();
         assert!(matches!(file.revoke("app", false), Err(TokensError::Ambiguous { count: 2, .. })));
@@ -512,7 +550,9 @@ mod tests {
         for _ in 0..2 {
             file.create("app", &[Scope::Read], None).unwrap();
         }
-        let expired = fs::read_to_string(file.path()).unwrap().replace("\"created_at\"", "\"expires_at\": \"2020-01-01T00:00:00Z\", \"created_at\"");
+        let expired = fs::read_to_string(file.path())
+            .unwrap()
+            .replace("\"created_at\"", "\"expires_at\": \"2020-01-01T00:00:00Z\", \"created_at\"");
         fs::write(file.path(), expired).unwrap();
         file.create("app", &[Scope::Read], None).unwrap();
         assert_eq!(names(&file).len(), 3);
@@ -554,17 +594,18 @@ mod tests {
             let TokensError::Malformed { problem, .. } = error else { panic!("{error}") };
             problem
         };
-        insta::assert_snapshot!(refused(String::new()), @"");
-        insta::assert_snapshot!(refused(good[..good.len() / 2].to_owned()), @"");
-        insta::assert_snapshot!(refused("tokens".to_owned()), @"");
-        insta::assert_snapshot!(refused(good.replace("\"name\"", "\"nam\"")), @"");
-        insta::assert_snapshot!(refused(good.replace("  \"format\": 1,\n", "")), @"");
-        insta::assert_snapshot!(refused(good.replace("\"read\"", "\"root\"")), @"");
-        insta::assert_snapshot!(refused(good.replace("\"app\"", "\"a b\"")), @"");
-        insta::assert_snapshot!(refused(good.replace("\"format\": 1", "\"format\": 7")), @"");
-        insta::assert_snapshot!(refused(good.replace("\"sha256\": \"", "\"sha256\": \"0")), @"");
+        insta::assert_snapshot!(refused(String::new()), @"it ends too early, at line 1 column 0");
+        insta::assert_snapshot!(refused(good[..good.len() / 2].to_owned()), @"it ends too early, at line 10 column 7");
+        insta::assert_snapshot!(refused("tokens".to_owned()), @"not JSON, at line 1 column 2");
+        insta::assert_snapshot!(refused(good.replace("\"name\"", "\"nam\"")), @"a field that is unknown, or has a value of another type, at line 6 column 11");
+        insta::assert_snapshot!(refused(good.replace("  \"format\": 1,\n", "")), @"missing field `format`, at line 13 column 1");
+        insta::assert_snapshot!(refused(good.replace("\"read\"", "\"root\"")), @"token 1 of the list has a scope that there is not; scopes are append, read, erase and admin");
+        insta::assert_snapshot!(refused(good.replace("\"app\"", "\"a b\"")), @"token 1 of the list has a name that is none");
+        insta::assert_snapshot!(refused(good.replace("\"format\": 1", "\"format\": 7")), @"it has format 7, and this version reads format 1");
+        insta::assert_snapshot!(refused(good.replace("\"sha256\": \"", "\"sha256\": \"0")), @"token 1 of the list has a sha256 that is not 64 hex digits");
         // A text where its hash belongs is not repeated.
-        let with_text = refused(good.replace("\"name\": \"app\"", &format!("\"name\": {{\"{}\": 1}}", secret.expose())));
+        let with_text =
+            refused(good.replace("\"name\": \"app\"", &format!("\"name\": {{\"{}\": 1}}", secret.expose())));
         assert!(!with_text.contains(secret.expose()));
         let with_text = refused(good.replace("\"name\"", &format!("\"{}\": 1, \"name\"", secret.expose())));
         assert!(!with_text.contains(secret.expose()));
@@ -572,7 +613,12 @@ mod tests {
 
     #[test]
     fn two_tokens_with_one_id_are_refused() {
-        let entry = |name| format!("{{\"id\":\"abcdefgh\",\"name\":\"{name}\",\"scopes\":[\"read\"],\"sha256\":\"{}\",\"created_at\":\"2026-01-01T00:00:00Z\"}}", "0".repeat(64));
+        let entry = |name| {
+            format!(
+                "{{\"id\":\"abcdefgh\",\"name\":\"{name}\",\"scopes\":[\"read\"],\"sha256\":\"{}\",\"created_at\":\"2026-01-01T00:00:00Z\"}}",
+                "0".repeat(64)
+            )
+        };
         let text = |second| format!("{{\"format\":1,\"tokens\":[{},{second}]}}", entry("a"));
         assert_eq!(parse(text(entry("b")).as_bytes()).unwrap_err(), "token 2 of the list has the id of another one");
         assert_eq!(parse(text(entry("b").replace("gh\"", "gi\"")).as_bytes()).unwrap().len(), 2);
@@ -604,6 +650,24 @@ mod tests {
         assert_eq!(names(&file), ["app"]);
         file.create("other", &[Scope::Read], None).unwrap();
         assert_eq!(names(&file), ["app", "other"]);
+    }
+
+    /// As root, which the test may not be: otherwise there is nothing to be seen.
+    #[test]
+    fn what_root_makes_belongs_to_the_owner_of_the_directory() {
+        let (dir, file) = setup();
+        if !rustix::process::geteuid().is_root() {
+            return;
+        }
+        chown(dir.path(), Some(4711), Some(4712)).unwrap();
+        for _ in 0..2 {
+            file.create("app", &[Scope::Read], None).unwrap();
+            let lock = beside(file.path(), ".lock");
+            for (path, mode) in [(file.directory(), 0o700), (file.path(), 0o600), (&*lock, 0o600)] {
+                let metadata = fs::metadata(path).unwrap();
+                assert_eq!((metadata.uid(), metadata.gid(), metadata.mode() & 0o777), (4711, 4712, mode));
+            }
+        }
     }
 
     #[test]
