@@ -61,8 +61,9 @@ const SECOND: Duration = Duration::from_secs(1);
 const HOUR: Duration = Duration::from_secs(3600);
 /// Timeouts behind which a silent client is let go: beyond this they protect nobody.
 const SILENCE_MAX: Duration = Duration::from_secs(300);
+/// For entities: beyond it none ever leaves memory.
 pub(super) const IDLE_MAX: Duration = Duration::from_secs(30 * 24 * 3600);
-/// Permits of a semaphore, and a 32-bit count of bytes in one request.
+/// Of anything that is counted: beyond it there is no limit in effect.
 const AT_ONCE_MAX: u64 = 1_000_000;
 
 fn path(text: &str) -> Result<PathBuf, String> {

@@ -99,7 +99,7 @@ fn distance(from: &str, to: &str) -> usize {
 /// `text` as it may be printed. There are no secrets among the settings, but somebody may put one where its file should be named.
 pub(super) fn printable(text: &str) -> String {
     let is_hex = text.len() >= 32 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
-    let has = |wanted: fn(&u8) -> bool| text.as_bytes().iter().any(|byte| wanted(byte));
+    let has = |wanted: fn(&u8) -> bool| text.as_bytes().iter().any(wanted);
     let is_base64 = text.len() >= 40
         && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"+/=_-".contains(&byte))
         && has(u8::is_ascii_digit)
