@@ -1,6 +1,6 @@
 //! What a server is configured with, and where each setting comes from.
 //!
-//! One table ([`settings`]) says for each setting its name, help, default and what is allowed; the flags, the variables, the keys of the
+//! One table (`config/settings.rs`) says for each setting its name, help, default and what is allowed; the flags, the variables, the keys of the
 //! file and what `kuma-node config` prints all follow from it. Invariants: a flag goes before a variable, a variable before the file, the
 //! file before the default; and there is no secret among the settings, only names of files.
 

@@ -227,17 +227,47 @@ mod tests {
             let (dir, files) = files(cert, key);
             load(&files).unwrap_err().to_string().replace(&dir.path().display().to_string(), "DIR")
         };
-        insta::assert_snapshot!(message(&cert, &other_key), @"");
-        insta::assert_snapshot!(message(&key, &key), @"");
-        insta::assert_snapshot!(message(&cert, &cert), @"");
-        insta::assert_snapshot!(message("", &key), @"");
-        insta::assert_snapshot!(message(&cut, &key), @"");
-        insta::assert_snapshot!(message(&cert, "-----BEGIN PRIVATE KEY-----\n!!!\n-----END PRIVATE KEY-----\n"), @"");
-        insta::assert_snapshot!(message(&cert, "-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n"), @"");
+        insta::assert_snapshot!(message(&cert, &other_key), @"the key in DIR/key.pem is not the one of the first certificate in DIR/cert.pem; were both files replaced?");
+        insta::assert_snapshot!(message(&key, &key), @"DIR/cert.pem has no certificate in it; it needs the chain as PEM (-----BEGIN CERTIFICATE-----), the server's own first");
+        insta::assert_snapshot!(message(&cert, &cert), @"DIR/key.pem has no private key in it; it needs one as PEM (-----BEGIN PRIVATE KEY-----), not encrypted");
+        insta::assert_snapshot!(message("", &key), @"DIR/cert.pem has no certificate in it; it needs the chain as PEM (-----BEGIN CERTIFICATE-----), the server's own first");
+        insta::assert_snapshot!(message(&cut, &key), @"DIR/cert.pem is damaged: what is in it is not PEM");
+        insta::assert_snapshot!(message(&cert, "-----BEGIN PRIVATE KEY-----\n!!!\n-----END PRIVATE KEY-----\n"), @"DIR/key.pem is damaged: what is in it is not PEM");
+        insta::assert_snapshot!(message(&cert, "-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n"), @"DIR/cert.pem and DIR/key.pem cannot be used");
         let (dir, files) = files(&cert, &key);
         fs::remove_file(&files.key).unwrap();
         let error = load(&files).unwrap_err();
         assert_eq!(error.to_string(), format!("cannot read {}", dir.path().join("key.pem").display()));
+    }
+
+    /// Shakes hands in memory, with a client that trusts `trusted` alone. Returns the protocol they agreed on.
+    fn handshake(config: &RustlsConfig, trusted: &str) -> Result<Vec<u8>, rustls::Error> {
+        let mut roots = rustls::RootCertStore::empty();
+        roots.add(CertificateDer::from_pem_slice(trusted.as_bytes()).unwrap()).unwrap();
+        let mut client =
+            rustls::ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+                .with_safe_default_protocol_versions()?
+                .with_root_certificates(roots)
+                .with_no_client_auth();
+        client.alpn_protocols = vec![b"h2".to_vec()];
+        let mut client = rustls::ClientConnection::new(Arc::new(client), "localhost".try_into().unwrap())?;
+        let mut server = rustls::ServerConnection::new(config.get_inner())?;
+        while client.is_handshaking() || server.is_handshaking() {
+            let mut wire = Vec::new();
+            client.write_tls(&mut wire).unwrap();
+            server.read_tls(&mut wire.as_slice()).unwrap();
+            server.process_new_packets()?;
+            wire.clear();
+            while server.wants_write() {
+                server.write_tls(&mut wire).unwrap();
+            }
+            let mut rest = wire.as_slice();
+            while !rest.is_empty() {
+                client.read_tls(&mut rest).unwrap();
+                client.process_new_packets()?;
+            }
+        }
+        Ok(server.alpn_protocol().unwrap_or_default().to_vec())
     }
 
     #[test]
@@ -245,14 +275,15 @@ mod tests {
         let (cert, key) = pair();
         let (_dir, files) = files(&cert, &key);
         let (config, _) = load(&files).unwrap();
-        let first = config.get_inner();
+        assert_eq!(handshake(&config, &cert).unwrap(), b"h2");
         let (new_cert, new_key) = pair();
-        fs::write(&files.cert, new_cert).unwrap();
+        fs::write(&files.cert, &new_cert).unwrap();
         assert!(matches!(reload(&config, &files), Err(TlsError::Mismatch { .. })), "half of it is new");
-        assert!(Arc::ptr_eq(&first, &config.get_inner()));
+        assert_eq!(handshake(&config, &cert).unwrap(), b"h2");
         fs::write(&files.key, new_key).unwrap();
         assert!(reload(&config, &files).unwrap().is_empty());
-        assert!(!Arc::ptr_eq(&first, &config.get_inner()));
+        assert_eq!(handshake(&config, &new_cert).unwrap(), b"h2");
+        assert!(handshake(&config, &cert).is_err(), "the old one is not shown any more");
     }
 
     #[test]

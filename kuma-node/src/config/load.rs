@@ -42,10 +42,20 @@ pub enum ConfigError {
         /// What can be used.
         allowed: String,
     },
+    /// A setting that means nothing without another one.
+    #[error("{setting} ({origin}) is set, and {missing} is not; set both, or neither")]
+    Incomplete {
+        /// The one that is set.
+        setting: &'static str,
+        /// Where it came from.
+        origin: Origin,
+        /// The one that is not.
+        missing: &'static str,
+    },
     /// Two settings that do not fit each other.
     #[error("{first} ({first_origin}) and {second} ({second_origin}) do not fit each other: {reason}")]
     Conflict {
-        /// The one that was probably meant to be changed.
+        /// One of them.
         first: &'static str,
         /// Where it came from.
         first_origin: Origin,
@@ -244,18 +254,17 @@ fn in_force(setting: &Definition, config: &Config, given: &BTreeMap<&'static str
 /// The checks that look at more than one setting.
 fn finish(draft: Draft, given: &BTreeMap<&'static str, Given>) -> Result<Config, ConfigError> {
     let Draft { mut config, tls_cert, tls_key } = draft;
+    let origin = |name| given.get(name).map_or(Origin::Default, |given| given.origin.clone());
+    let incomplete = |setting, missing| ConfigError::Incomplete { setting, origin: origin(setting), missing };
     let conflict = |first: &'static str, second: &'static str, reason: &str| {
-        let origin = |name| given.get(name).map_or(Origin::Default, |given| given.origin.clone());
         let (first_origin, second_origin) = (origin(first), origin(second));
         ConfigError::Conflict { first, first_origin, second, second_origin, reason: reason.to_owned() }
     };
     config.tls = match (tls_cert, tls_key) {
         (Some(cert), Some(key)) => Some(TlsFiles { cert, key }),
         (None, None) => None,
-        (Some(_), None) => return Err(conflict("tls_key", "tls_cert", "TLS needs both; set the key too, or neither")),
-        (None, Some(_)) => {
-            return Err(conflict("tls_cert", "tls_key", "TLS needs both; set the certificate too, or neither"));
-        }
+        (Some(_), None) => return Err(incomplete("tls_cert", "tls_key")),
+        (None, Some(_)) => return Err(incomplete("tls_key", "tls_cert")),
     };
     if config.body_bytes_max > config.body_memory_max {
         let reason = "the largest body must fit into the memory for bodies; lower the first or raise the second";
@@ -399,7 +408,7 @@ impl File<'_> {
             DeValue::Integer(number) => number.to_string(),
             DeValue::Boolean(switch) => switch.to_string(),
             other => {
-                let problem = format!("{name} is text, a number, or true or false; here it is a {}", other.type_str());
+                let problem = format!("{name} is text, a number, or true or false; here it is {}", other.type_str());
                 return Err(self.malformed(value.span(), problem));
             }
         };
@@ -410,7 +419,7 @@ impl File<'_> {
         &self,
         span: Range<usize>,
         key: &str,
-        names: impl IntoIterator<Item = &'n str>,
+        names: impl IntoIterator<Item = &'n str> + Clone,
         otherwise: &str,
     ) -> ConfigError {
         let hint = match closest(&key.replace('-', "_"), names) {
@@ -529,23 +538,23 @@ mod tests {
             load_from(&StartArguments::default(), environment(&[("KUMA_CONNECTIONS_MAX", "0")])).unwrap_err();
         insta::assert_snapshot!(variable, @r#"connections_max = "0" (variable KUMA_CONNECTIONS_MAX) cannot be used; allowed is a number from 1 to 1000000"#);
         insta::assert_snapshot!(refused("data = \"d\"\ndurability = \"fast\"\n"), @r#"durability = "fast" (DIR/kuma-node.toml:2) cannot be used; allowed is "full" or "normal""#);
-        insta::assert_snapshot!(refused("listen = \"localhost\"\n"), @"");
-        insta::assert_snapshot!(refused("access_log = 1\n"), @"");
-        insta::assert_snapshot!(refused("body_bytes_max = \"2GiB\"\n"), @"");
-        insta::assert_snapshot!(refused("log = \"kuma=loud\"\n"), @"");
-        insta::assert_snapshot!(refused("log = [\"info\"]\n"), @"");
-        insta::assert_snapshot!(refused("header_bytes_max = \"4KiB\"\n"), @"");
+        insta::assert_snapshot!(refused("listen = \"localhost\"\n"), @r#"listen = "localhost" (DIR/kuma-node.toml:1) cannot be used; allowed is an IP address and a port, such as 127.0.0.1:4870 or [::]:4870"#);
+        insta::assert_snapshot!(refused("access_log = 1\n"), @r#"access_log = "1" (DIR/kuma-node.toml:1) cannot be used; allowed is "true" or "false""#);
+        insta::assert_snapshot!(refused("body_bytes_max = \"2GiB\"\n"), @r#"body_bytes_max = "2GiB" (DIR/kuma-node.toml:1) cannot be used; allowed is a size from 1KiB to 1GiB, such as 512KiB, 16MiB, 1GiB or a number of bytes"#);
+        insta::assert_snapshot!(refused("log = \"kuma=loud\"\n"), @r#"log = "kuma=loud" (DIR/kuma-node.toml:1) cannot be used; allowed is a level (error, warn, info, debug, trace, off), or levels of modules, such as info,kuma_node=debug"#);
+        insta::assert_snapshot!(refused("log = [\"info\"]\n"), @"line 1 of DIR/kuma-node.toml cannot be read: log is text, a number, or true or false; here it is array");
+        insta::assert_snapshot!(refused("header_bytes_max = \"4KiB\"\n"), @r#"header_bytes_max = "4KiB" (DIR/kuma-node.toml:1) cannot be used; allowed is a size from 8KiB to 1MiB, such as 512KiB, 16MiB, 1GiB or a number of bytes"#);
     }
 
     #[test]
     fn an_unknown_key_is_refused_with_its_line_and_what_was_meant() {
-        insta::assert_snapshot!(refused("# comment\nlissten = \"127.0.0.1:1\"\n"), @"");
-        insta::assert_snapshot!(refused("header-timeout = \"1s\"\n"), @"");
-        insta::assert_snapshot!(refused("colour = 3\n"), @"");
-        insta::assert_snapshot!(refused("[tls]\ncert = \"a\"\n"), @"");
-        insta::assert_snapshot!(refused("[kinds.account]\nsnapshot_commit = 3\n"), @"");
-        insta::assert_snapshot!(refused("data = \n"), @"");
-        insta::assert_snapshot!(refused("data = \"a\"\ndata = \"b\"\n"), @"");
+        insta::assert_snapshot!(refused("# comment\nlissten = \"127.0.0.1:1\"\n"), @r#"line 2 of DIR/kuma-node.toml sets "lissten", which is no setting; did you mean "listen"?"#);
+        insta::assert_snapshot!(refused("header-timeout = \"1s\"\n"), @r#"line 1 of DIR/kuma-node.toml sets "header-timeout", which is no setting; did you mean "header_timeout"?"#);
+        insta::assert_snapshot!(refused("colour = 3\n"), @r#"line 1 of DIR/kuma-node.toml sets "colour", which is no setting; kuma-node config lists all settings"#);
+        insta::assert_snapshot!(refused("[tls]\ncert = \"a\"\n"), @r#"line 1 of DIR/kuma-node.toml sets "tls", which is no setting; did you mean "tls_cert"?"#);
+        insta::assert_snapshot!(refused("[kinds.account]\nsnapshot_commit = 3\n"), @r#"line 2 of DIR/kuma-node.toml sets "snapshot_commit", which is no setting; did you mean "snapshot_commits"?"#);
+        insta::assert_snapshot!(refused("data = \n"), @"line 1 of DIR/kuma-node.toml cannot be read: string values must be quoted, expected literal string");
+        insta::assert_snapshot!(refused("data = \"a\"\ndata = \"b\"\n"), @"line 2 of DIR/kuma-node.toml cannot be read: duplicate key");
     }
 
     #[test]
@@ -575,10 +584,10 @@ mod tests {
         assert_eq!(kinds["a.b"].snapshot, Some((256, 64 << 10)));
         assert_eq!(kinds["plain"], KindConfig::default());
         assert!(matches!(origin(&loaded, "kinds.log.idle_timeout"), Origin::File { line: 3, .. }));
-        insta::assert_snapshot!(refused("[kinds.a]\nstate = \"log\"\n"), @"");
-        insta::assert_snapshot!(refused("[kinds.a]\nsnapshot_commits = 0\n"), @"");
-        insta::assert_snapshot!(refused("[kinds.\"kuma.audit\"]\n"), @"");
-        insta::assert_snapshot!(refused("kinds = 3\n"), @"");
+        insta::assert_snapshot!(refused("[kinds.a]\nstate = \"log\"\n"), @r#"kinds.a.state = "log" (DIR/kuma-node.toml:2) cannot be used; allowed is "merge" or "append_only""#);
+        insta::assert_snapshot!(refused("[kinds.a]\nsnapshot_commits = 0\n"), @r#"kinds.a.snapshot_commits = "0" (DIR/kuma-node.toml:2) cannot be used; allowed is a number from 1 to 1000000000"#);
+        insta::assert_snapshot!(refused("[kinds.\"kuma.audit\"]\n"), @"line 1 of DIR/kuma-node.toml cannot be read: a kind is 1 to 64 ASCII letters, digits, '_', '-' or '.', begins with a letter, and not with 'kuma.'");
+        insta::assert_snapshot!(refused("kinds = 3\n"), @"line 1 of DIR/kuma-node.toml cannot be read: kinds are tables: [kinds.NAME], and below it the settings of that kind");
     }
 
     #[test]
@@ -587,11 +596,11 @@ mod tests {
             let arguments = pairs.iter().fold(StartArguments::default(), |all, (name, value)| all.with(name, *value));
             load_from(&arguments, []).unwrap_err().to_string()
         };
-        insta::assert_snapshot!(refused(&[("tls_cert", "c.pem")]), @"");
-        insta::assert_snapshot!(refused(&[("tls_key", "k.pem")]), @"");
-        insta::assert_snapshot!(refused(&[("body_memory_max", "1MiB")]), @"");
-        insta::assert_snapshot!(refused(&[("data", "d"), ("backup_dir", "./x/../d/backups")]), @"");
-        insta::assert_snapshot!(refused(&[("data", "/d"), ("projections_dir", "/d/projections")]), @"");
+        insta::assert_snapshot!(refused(&[("tls_cert", "c.pem")]), @"tls_cert (flag --tls-cert) is set, and tls_key is not; set both, or neither");
+        insta::assert_snapshot!(refused(&[("tls_key", "k.pem")]), @"tls_key (flag --tls-key) is set, and tls_cert is not; set both, or neither");
+        insta::assert_snapshot!(refused(&[("body_memory_max", "1MiB")]), @"body_bytes_max (default) and body_memory_max (flag --body-memory-max) do not fit each other: the largest body must fit into the memory for bodies; lower the first or raise the second");
+        insta::assert_snapshot!(refused(&[("data", "d"), ("backup_dir", "./x/../d/backups")]), @"backup_dir (flag --backup-dir) and data (flag --data) do not fit each other: a backup cannot lie in what it is a backup of; take another directory");
+        insta::assert_snapshot!(refused(&[("data", "/d"), ("projections_dir", "/d/projections")]), @"projections_dir (flag --projections-dir) and data (flag --data) do not fit each other: the store keeps its own files there, read models among them; take a directory outside of it");
         let both = StartArguments::default().with("tls_cert", "c.pem").with("tls_key", "k.pem");
         let files = TlsFiles { cert: "c.pem".into(), key: "k.pem".into() };
         assert_eq!(load_from(&both, []).unwrap().config.tls, Some(files));
@@ -624,9 +633,10 @@ mod tests {
         let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/operations/kuma-node.toml");
         let content = std::fs::read_to_string(path).unwrap();
         assert!(load_from(&StartArguments::default().with_file(path), []).is_ok());
+        let before_kinds = content.split("#[kinds").next().unwrap();
         for setting in SETTINGS {
             let lines: Vec<&str> =
-                content.lines().filter(|line| line.starts_with(&format!("#{} = ", setting.name))).collect();
+                before_kinds.lines().filter(|line| line.starts_with(&format!("#{} = ", setting.name))).collect();
             assert_eq!(lines.len(), 1, "{}", setting.name);
             if let Fallback::Value(default) = setting.default {
                 let value = lines[0].split_once(" = ").unwrap().1.trim_matches('"');

@@ -61,8 +61,9 @@ const SECOND: Duration = Duration::from_secs(1);
 const HOUR: Duration = Duration::from_secs(3600);
 /// Timeouts behind which a silent client is let go: beyond this they protect nobody.
 const SILENCE_MAX: Duration = Duration::from_secs(300);
+/// For entities: beyond it none ever leaves memory.
 pub(super) const IDLE_MAX: Duration = Duration::from_secs(30 * 24 * 3600);
-/// Permits of a semaphore, and a 32-bit count of bytes in one request.
+/// Of anything that is counted: beyond it there is no limit in effect.
 const AT_ONCE_MAX: u64 = 1_000_000;
 
 fn path(text: &str) -> Result<PathBuf, String> {
@@ -87,10 +88,19 @@ fn display(path: PathBuf) -> Option<String> {
     Some(path.display().to_string())
 }
 
-/// `SETTINGS` with the name, the value's name, the default, the help, and where it goes.
+/// A definition: name, value's name, default, help, and where the value goes.
 macro_rules! setting {
-    ($name:literal $value:literal = $default:expr, $help:literal, $set:expr) => {
-        Definition { name: $name, value: $value, help: $help, default: $default, set: $set }
+    ($name:literal $value:literal = $default:expr, $help:literal, |$draft:ident, $text:ident| $place:expr => $parsed:expr) => {
+        Definition {
+            name: $name,
+            value: $value,
+            help: $help,
+            default: $default,
+            set: |$draft, $text| {
+                $place = $parsed;
+                Ok(())
+            },
+        }
     };
 }
 
@@ -100,69 +110,69 @@ use Fallback::{Found, Value};
 #[rustfmt::skip]
 pub(super) static SETTINGS: &[Definition] = &[
     setting!("data" "DIR" = Value("./data"), "The store's directory; made if it does not exist",
-        |draft, text| Ok(draft.config.data = path(text)?)),
+        |draft, text| draft.config.data => path(text)?),
     setting!("context" "NAME" = Value("kuma"), "The store's name, kept with its data: a directory of another name is refused",
-        |draft, text| Ok(draft.config.context = name(text)?)),
+        |draft, text| draft.config.context => name(text)?),
     setting!("shards" "N" = Found("2 a core, from 4 to 16", |_| None), "How many files a new store gets; fixed when it is made",
-        |draft, text| Ok(draft.config.shards = Some(number(text, 1..=256)? as u16))),
+        |draft, text| draft.config.shards => Some(number(text, 1..=256)? as u16)),
     setting!("master_key_file" "FILE" = Found("master.key in the data directory", |config| display(config.master_key_file())),
         "The file with the master key. Keep a copy elsewhere: nothing can be read without it",
-        |draft, text| Ok(draft.config.master_key_file = Some(path(text)?))),
+        |draft, text| draft.config.master_key_file => Some(path(text)?)),
     setting!("durability" "MODE" = Value("full"), "\"full\": what was acknowledged survives power loss; \"normal\": only the end of the process",
-        |draft, text| Ok(draft.config.durability = word(text, &[("full", Durability::Full), ("normal", Durability::Normal)])?)),
+        |draft, text| draft.config.durability => word(text, &[("full", Durability::Full), ("normal", Durability::Normal)])?),
     setting!("memory_budget" "SIZE" = Value("1GiB"), "About how much memory live entities may take",
-        |draft, text| Ok(draft.config.memory_budget = bytes(text, 1 << 20..=1 << 50)? as usize)),
+        |draft, text| draft.config.memory_budget => bytes(text, 1 << 20..=1 << 50)? as usize),
     setting!("idle_timeout" "DURATION" = Value("5m"), "An entity that was not used for this long leaves memory",
-        |draft, text| Ok(draft.config.idle_timeout = duration(text, SECOND..=IDLE_MAX)?)),
+        |draft, text| draft.config.idle_timeout => duration(text, SECOND..=IDLE_MAX)?),
     setting!("scrub_bytes_per_second" "SIZE" = Value("1MiB"), "How fast stored commits are verified in the background, a second; 0 turns it off",
-        |draft, text| Ok(draft.config.scrub_bytes_per_second = bytes(text, 0..=1 << 40)?)),
+        |draft, text| draft.config.scrub_bytes_per_second => bytes(text, 0..=1 << 40)?),
     setting!("projections_dir" "DIR" = Found("no projections", |_| None), "The directory with the SQL files of projections",
-        |draft, text| Ok(draft.config.projections_dir = Some(path(text)?))),
+        |draft, text| draft.config.projections_dir => Some(path(text)?)),
     setting!("backup_dir" "DIR" = Found("the data directory's name with -backups behind it", |config| display(config.backup_dir())),
         "Backups that are asked for over HTTP are written below it",
-        |draft, text| Ok(draft.config.backup_dir = Some(path(text)?))),
+        |draft, text| draft.config.backup_dir => Some(path(text)?)),
     setting!("listen" "ADDRESS" = Value("127.0.0.1:4870"), "Where requests are taken; port 0 takes one that is free. Needs tokens unless it is a loopback address",
-        |draft, text| Ok(draft.config.listen = address(text)?)),
+        |draft, text| draft.config.listen => address(text)?),
     setting!("tokens_file" "FILE" = Found("tokens.json in the data directory", |config| display(config.tokens_file())),
         "The file with the hashes of tokens",
-        |draft, text| Ok(draft.config.tokens_file = Some(path(text)?))),
+        |draft, text| draft.config.tokens_file => Some(path(text)?)),
     setting!("tls_cert" "FILE" = Found("plain HTTP", |_| None), "The certificate chain, PEM; needs tls_key",
-        |draft, text| Ok(draft.tls_cert = Some(path(text)?))),
+        |draft, text| draft.tls_cert => Some(path(text)?)),
     setting!("tls_key" "FILE" = Found("plain HTTP", |_| None), "The certificate's private key, PEM; needs tls_cert",
-        |draft, text| Ok(draft.tls_key = Some(path(text)?))),
+        |draft, text| draft.tls_key => Some(path(text)?)),
     setting!("log" "DIRECTIVE" = Value("info"), "What is logged: a level, or levels of modules, such as info,kuma_node=debug",
-        |draft, text| Ok(draft.config.log = directive(text)?)),
+        |draft, text| draft.config.log => directive(text)?),
     setting!("log_format" "FORMAT" = Value("text"), "How log lines are written to standard error: \"text\" or \"json\"",
-        |draft, text| Ok(draft.config.log_format = word(text, &[("text", LogFormat::Text), ("json", LogFormat::Json)])?)),
+        |draft, text| draft.config.log_format => word(text, &[("text", LogFormat::Text), ("json", LogFormat::Json)])?),
     setting!("access_log" "BOOL" = Value("true"), "Whether each request is logged",
-        |draft, text| Ok(draft.config.access_log = switch(text)?)),
+        |draft, text| draft.config.access_log => switch(text)?),
     setting!("body_bytes_max" "SIZE" = Value("16MiB"), "The largest body of a request, streams apart",
-        |draft, text| Ok(draft.config.body_bytes_max = bytes(text, 1 << 10..=1 << 30)? as usize)),
+        |draft, text| draft.config.body_bytes_max => bytes(text, 1 << 10..=1 << 30)? as usize),
     setting!("body_memory_max" "SIZE" = Value("256MiB"), "How much of such bodies may be in memory at once",
-        |draft, text| Ok(draft.config.body_memory_max = bytes(text, 1 << 10..=1 << 40)? as usize)),
+        |draft, text| draft.config.body_memory_max => bytes(text, 1 << 10..=1 << 40)? as usize),
     setting!("headers_max" "N" = Value("100"), "How many headers a request may have",
-        |draft, text| Ok(draft.config.headers_max = number(text, 10..=10_000)? as usize)),
+        |draft, text| draft.config.headers_max => number(text, 10..=10_000)? as usize),
     // hyper panics below 8 KiB.
     setting!("header_bytes_max" "SIZE" = Value("64KiB"), "How large all of them may be together",
-        |draft, text| Ok(draft.config.header_bytes_max = bytes(text, 8 << 10..=1 << 20)? as usize)),
+        |draft, text| draft.config.header_bytes_max => bytes(text, 8 << 10..=1 << 20)? as usize),
     setting!("header_timeout" "DURATION" = Value("10s"), "Within this time the headers must have come; also how long an idle connection is kept",
-        |draft, text| Ok(draft.config.header_timeout = duration(text, SECOND..=SILENCE_MAX)?)),
+        |draft, text| draft.config.header_timeout => duration(text, SECOND..=SILENCE_MAX)?),
     setting!("request_timeout" "DURATION" = Value("30s"), "Within this time a request must be answered, streams apart",
-        |draft, text| Ok(draft.config.request_timeout = duration(text, SECOND..=HOUR)?)),
+        |draft, text| draft.config.request_timeout => duration(text, SECOND..=HOUR)?),
     setting!("body_idle_timeout" "DURATION" = Value("30s"), "Within this time more of a body must have come",
-        |draft, text| Ok(draft.config.body_idle_timeout = duration(text, SECOND..=SILENCE_MAX)?)),
+        |draft, text| draft.config.body_idle_timeout => duration(text, SECOND..=SILENCE_MAX)?),
     setting!("connections_max" "N" = Value("10000"), "How many connections there may be at once",
-        |draft, text| Ok(draft.config.connections_max = number(text, 1..=AT_ONCE_MAX)? as usize)),
+        |draft, text| draft.config.connections_max => number(text, 1..=AT_ONCE_MAX)? as usize),
     setting!("requests_max" "N" = Value("4096"), "How many requests there may be at once, streams apart",
-        |draft, text| Ok(draft.config.requests_max = number(text, 1..=AT_ONCE_MAX)? as usize)),
+        |draft, text| draft.config.requests_max => number(text, 1..=AT_ONCE_MAX)? as usize),
     setting!("stream_in_flight_max" "N" = Value("4096"), "How many appends of one stream may be on their way",
-        |draft, text| Ok(draft.config.stream_in_flight_max = number(text, 1..=AT_ONCE_MAX)? as usize)),
+        |draft, text| draft.config.stream_in_flight_max => number(text, 1..=AT_ONCE_MAX)? as usize),
     setting!("streams_max" "N" = Value("256"), "How many streams of appends, imports and exports there may be at once",
-        |draft, text| Ok(draft.config.streams_max = number(text, 1..=AT_ONCE_MAX)? as usize)),
+        |draft, text| draft.config.streams_max => number(text, 1..=AT_ONCE_MAX)? as usize),
     setting!("subscriptions_max" "N" = Value("256"), "How many subscriptions there may be at once",
-        |draft, text| Ok(draft.config.subscriptions_max = number(text, 1..=AT_ONCE_MAX)? as usize)),
+        |draft, text| draft.config.subscriptions_max => number(text, 1..=AT_ONCE_MAX)? as usize),
     setting!("shutdown_timeout" "DURATION" = Value("30s"), "How long requests may take to finish when the server stops",
-        |draft, text| Ok(draft.config.shutdown_timeout = duration(text, Duration::ZERO..=HOUR)?)),
+        |draft, text| draft.config.shutdown_timeout => duration(text, Duration::ZERO..=HOUR)?),
 ];
 
 #[cfg(test)]

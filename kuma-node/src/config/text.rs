@@ -72,10 +72,13 @@ pub(super) fn switch(text: &str) -> Result<bool, String> {
 }
 
 /// The one of `names` that was probably meant.
-pub(super) fn closest<'a>(name: &str, names: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
-    let near = names.into_iter().map(|other| (distance(name, other), other)).min()?;
-    // A third of it may differ; more is another word.
-    (near.0 * 3 <= name.len().max(3)).then_some(near.1)
+pub(super) fn closest<'a>(name: &str, names: impl IntoIterator<Item = &'a str> + Clone) -> Option<&'a str> {
+    let (distance, near) = names.clone().into_iter().map(|other| (distance(name, other), other)).min()?;
+    // A third of it may differ; more is another word, unless it is the beginning of one.
+    if distance * 3 <= name.len().max(3) {
+        return Some(near);
+    }
+    names.into_iter().find(|other| name.len() >= 3 && other.starts_with(name))
 }
 
 /// How many letters must be put in, taken out or changed (Levenshtein).
@@ -96,7 +99,7 @@ fn distance(from: &str, to: &str) -> usize {
 /// `text` as it may be printed. There are no secrets among the settings, but somebody may put one where its file should be named.
 pub(super) fn printable(text: &str) -> String {
     let is_hex = text.len() >= 32 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
-    let has = |wanted: fn(&u8) -> bool| text.as_bytes().iter().any(|byte| wanted(byte));
+    let has = |wanted: fn(&u8) -> bool| text.as_bytes().iter().any(wanted);
     let is_base64 = text.len() >= 40
         && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"+/=_-".contains(&byte))
         && has(u8::is_ascii_digit)
@@ -147,6 +150,7 @@ mod tests {
         assert_eq!(closest("lissten", names), Some("listen"));
         assert_eq!(closest("header_timout", names), Some("header_timeout"));
         assert_eq!(closest("colour", names), None);
+        assert_eq!(closest("header", names), Some("header_timeout"));
         assert_eq!(closest("x", names), None);
     }
 

@@ -8,7 +8,7 @@ use std::{
     collections::BTreeSet,
     fs::{self, File, OpenOptions, TryLockError},
     io::{self, Read, Write},
-    os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, fchown},
+    os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, chown, fchown},
     path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, Instant},
@@ -249,14 +249,15 @@ impl TokenFile {
 
     fn lock(&self) -> Result<File, TokensError> {
         let directory = self.directory();
-        if !directory.exists() {
-            let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(directory);
-            made.map_err(|source| TokensError::Io { what: "make", path: directory.to_owned(), source })?;
-        }
+        make_directory(directory).map_err(|source| TokensError::Io {
+            what: "make",
+            path: directory.to_owned(),
+            source,
+        })?;
         let path = beside(&self.path, ".lock");
         let fail = |source| TokensError::Io { what: "lock", path: path.clone(), source };
         let file = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&path).map_err(fail)?;
-        self.belong(&file).map_err(fail)?;
+        self.belong(&file).map_err(|_| TokensError::NotOwner { path: self.path.clone() })?;
         let begun = Instant::now();
         loop {
             match file.try_lock() {
@@ -323,6 +324,24 @@ impl TokenFile {
             _ => Path::new("."),
         }
     }
+}
+
+/// Makes a directory that only its owner can use. One that root makes belongs to whoever its parent belongs to, as its files do.
+fn make_directory(path: &Path) -> io::Result<()> {
+    if path.is_dir() {
+        return Ok(());
+    }
+    let parent = path.parent().filter(|parent| *parent != Path::new("")).unwrap_or(Path::new("."));
+    make_directory(parent)?;
+    match fs::DirBuilder::new().mode(0o700).create(path) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => return Ok(()),
+        made => made?,
+    }
+    let (made, parent) = (fs::metadata(path)?, fs::metadata(parent)?);
+    if made.uid() == 0 && parent.uid() != 0 {
+        chown(path, Some(parent.uid()), Some(parent.gid()))?;
+    }
+    Ok(())
 }
 
 fn beside(path: &Path, suffix: &str) -> PathBuf {
@@ -575,15 +594,15 @@ mod tests {
             let TokensError::Malformed { problem, .. } = error else { panic!("{error}") };
             problem
         };
-        insta::assert_snapshot!(refused(String::new()), @"");
-        insta::assert_snapshot!(refused(good[..good.len() / 2].to_owned()), @"");
-        insta::assert_snapshot!(refused("tokens".to_owned()), @"");
-        insta::assert_snapshot!(refused(good.replace("\"name\"", "\"nam\"")), @"");
-        insta::assert_snapshot!(refused(good.replace("  \"format\": 1,\n", "")), @"");
-        insta::assert_snapshot!(refused(good.replace("\"read\"", "\"root\"")), @"");
-        insta::assert_snapshot!(refused(good.replace("\"app\"", "\"a b\"")), @"");
-        insta::assert_snapshot!(refused(good.replace("\"format\": 1", "\"format\": 7")), @"");
-        insta::assert_snapshot!(refused(good.replace("\"sha256\": \"", "\"sha256\": \"0")), @"");
+        insta::assert_snapshot!(refused(String::new()), @"it ends too early, at line 1 column 0");
+        insta::assert_snapshot!(refused(good[..good.len() / 2].to_owned()), @"it ends too early, at line 10 column 7");
+        insta::assert_snapshot!(refused("tokens".to_owned()), @"not JSON, at line 1 column 2");
+        insta::assert_snapshot!(refused(good.replace("\"name\"", "\"nam\"")), @"a field that is unknown, or has a value of another type, at line 6 column 11");
+        insta::assert_snapshot!(refused(good.replace("  \"format\": 1,\n", "")), @"missing field `format`, at line 13 column 1");
+        insta::assert_snapshot!(refused(good.replace("\"read\"", "\"root\"")), @"token 1 of the list has a scope that there is not; scopes are append, read, erase and admin");
+        insta::assert_snapshot!(refused(good.replace("\"app\"", "\"a b\"")), @"token 1 of the list has a name that is none");
+        insta::assert_snapshot!(refused(good.replace("\"format\": 1", "\"format\": 7")), @"it has format 7, and this version reads format 1");
+        insta::assert_snapshot!(refused(good.replace("\"sha256\": \"", "\"sha256\": \"0")), @"token 1 of the list has a sha256 that is not 64 hex digits");
         // A text where its hash belongs is not repeated.
         let with_text =
             refused(good.replace("\"name\": \"app\"", &format!("\"name\": {{\"{}\": 1}}", secret.expose())));
@@ -631,6 +650,24 @@ mod tests {
         assert_eq!(names(&file), ["app"]);
         file.create("other", &[Scope::Read], None).unwrap();
         assert_eq!(names(&file), ["app", "other"]);
+    }
+
+    /// As root, which the test may not be: otherwise there is nothing to be seen.
+    #[test]
+    fn what_root_makes_belongs_to_the_owner_of_the_directory() {
+        let (dir, file) = setup();
+        if !rustix::process::geteuid().is_root() {
+            return;
+        }
+        chown(dir.path(), Some(4711), Some(4712)).unwrap();
+        for _ in 0..2 {
+            file.create("app", &[Scope::Read], None).unwrap();
+            let lock = beside(file.path(), ".lock");
+            for (path, mode) in [(file.directory(), 0o700), (file.path(), 0o600), (&*lock, 0o600)] {
+                let metadata = fs::metadata(path).unwrap();
+                assert_eq!((metadata.uid(), metadata.gid(), metadata.mode() & 0o777), (4711, 4712, mode));
+            }
+        }
     }
 
     #[test]
