@@ -275,9 +275,12 @@ mod tests {
     #[test]
     fn the_help_of_every_verb() {
         fn add(command: &mut clap::Command, path: &str, text: &mut String) {
-            let path = format!("{path} {}", command.get_name()).trim().to_owned();
-            text.push_str(&format!("$ {path} --help\n{}\n", command.clone().bin_name(&path).render_help()));
-            command.get_subcommands_mut().for_each(|command| add(command, &path, text));
+            let name = format!("{path} {}", command.get_name()).trim().to_owned();
+            let help = command.clone().bin_name(&name).render_help().to_string();
+            // What every verb takes is shown once.
+            let own = if path.is_empty() { help.as_str() } else { help.split("\nOutput:\n").next().unwrap() };
+            text.push_str(&format!("$ {name} --help\n{own}\n"));
+            command.get_subcommands_mut().for_each(|command| add(command, &name, text));
         }
         let mut command = Cli::command().term_width(100);
         command.build();
