@@ -134,7 +134,7 @@ impl Default for Config {
             body_memory_max: 256 << 20,
             headers_max: 100,
             header_bytes_max: 64 << 10,
-            header_timeout: Duration::from_secs(10),
+            header_timeout: Duration::from_secs(30),
             request_timeout: Duration::from_secs(30),
             body_idle_timeout: Duration::from_secs(30),
             connections_max: 10_000,

@@ -155,7 +155,7 @@ pub(super) static SETTINGS: &[Definition] = &[
     // hyper panics below 8 KiB.
     setting!("header_bytes_max" "SIZE" = Value("64KiB"), "How large all of them may be together",
         |draft, text| draft.config.header_bytes_max => bytes(text, 8 << 10..=1 << 20)? as usize),
-    setting!("header_timeout" "DURATION" = Value("10s"), "Within this time the headers must have come; also how long an idle connection is kept",
+    setting!("header_timeout" "DURATION" = Value("30s"), "Within this time the headers must have come; also how long an idle connection is kept",
         |draft, text| draft.config.header_timeout => duration(text, SECOND..=SILENCE_MAX)?),
     setting!("request_timeout" "DURATION" = Value("30s"), "Within this time a request must be answered, streams apart",
         |draft, text| draft.config.request_timeout => duration(text, SECOND..=HOUR)?),
