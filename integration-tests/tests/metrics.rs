@@ -71,7 +71,8 @@ fn everything_that_is_counted_is_documented_under_its_name() {
     let counted: BTreeSet<String> = counted.keys().map(name).collect();
     let documented: BTreeSet<String> = include_str!("../../docs/observability.md")
         .split(|letter: char| !letter.is_ascii_alphanumeric() && letter != '_')
-        .filter(|word| word.starts_with("kuma_"))
+        // Those of the server are looked at by its own tests.
+        .filter(|word| word.starts_with("kuma_") && !word.starts_with("kuma_http_"))
         .map(str::to_owned)
         .collect();
     assert_eq!(counted, documented);

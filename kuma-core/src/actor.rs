@@ -48,6 +48,10 @@ use crate::{
     vault::AUDIT_KEY,
 };
 
+/// An entity is told at once that a commit of so many bytes is durable. One that is smaller it may hold until its next message: decoded events
+/// take several times what they take encoded.
+const NUDGE_BYTES: usize = 4 << 10;
+
 /// A write as it reaches the actor, admitted.
 pub(crate) struct WriteRequest {
     pub(crate) content: Content,
@@ -213,7 +217,7 @@ impl EntityState {
         }
         let loaded = self.loaded.as_deref()?;
         match message {
-            EntityMessage::Write(request) => self.write(request),
+            EntityMessage::Write(request) => self.write(me, request),
             EntityMessage::Read { after_appends, reply } => {
                 self.read(me, after_appends, reply);
                 None
@@ -247,7 +251,7 @@ impl EntityState {
                     Err(error) => message.refuse(error),
                 },
                 Wait::Key(request) => match self.create_key().await {
-                    Ok(()) => next = self.write(request),
+                    Ok(()) => next = self.write(me, request),
                     Err(cause) => {
                         request.reply.send(Err(Unavailable::NoKey { entity: self.identity.hash, cause }.into()))
                     }
@@ -257,11 +261,11 @@ impl EntityState {
                     next = self.take(me, EntityMessage::Write(request));
                 }
                 Wait::KnownKeys(request) => match self.load_keys().await {
-                    Ok(()) => next = self.write(request),
+                    Ok(()) => next = self.write(me, request),
                     Err(cause) => request.reply.send(Err(self.unreadable(cause).into())),
                 },
                 Wait::Lookup(request, key) => match self.find_append(&key).await {
-                    Ok(None) => next = self.decide(*request, Some(key)),
+                    Ok(None) => next = self.decide(me, *request, Some(key)),
                     Ok(Some(row)) => self.repeat(*request, &row),
                     Err(cause) => request.reply.send(Err(self.unreadable(cause).into())),
                 },
@@ -279,7 +283,7 @@ impl EntityState {
     }
 
     /// Sorts out whether the request happened before; decides it if not.
-    fn write(&mut self, request: Box<WriteRequest>) -> Option<Wait> {
+    fn write(&mut self, me: &ActorRef<EntityMessage>, request: Box<WriteRequest>) -> Option<Wait> {
         if request.reply.link.as_ref().is_some_and(Link::is_broken) {
             let entity = self.identity.hash;
             request.reply.send(Err(Unavailable::SequenceBroken { entity }.into()));
@@ -287,8 +291,8 @@ impl EntityState {
         }
         let loaded = self.loaded.as_deref()?;
         // What was never written has no idempotency keys.
-        let Some(opener) = &loaded.opener else { return self.decide(*request, None) };
-        let Some(retry) = &request.retry else { return self.decide(*request, None) };
+        let Some(opener) = &loaded.opener else { return self.decide(me, *request, None) };
+        let Some(retry) = &request.retry else { return self.decide(me, *request, None) };
         let key = opener.append_key(&retry.key);
         if loaded.is_in_flight(&key) {
             return Some(Wait::InFlight(request, loaded.activation.clone()));
@@ -297,7 +301,7 @@ impl EntityState {
             // What was never committed has no keys.
             None if loaded.created => Some(Wait::KnownKeys(request)),
             Some(known) if known.may_contain(&key) => Some(Wait::Lookup(request, key)),
-            _ => self.decide(*request, Some(key)),
+            _ => self.decide(me, *request, Some(key)),
         }
     }
 
@@ -319,7 +323,12 @@ impl EntityState {
         ReadError::unreadable(self.identity.hash, cause)
     }
 
-    fn decide(&mut self, request: WriteRequest, key: Option<AppendKeyHash>) -> Option<Wait> {
+    fn decide(
+        &mut self,
+        me: &ActorRef<EntityMessage>,
+        request: WriteRequest,
+        key: Option<AppendKeyHash>,
+    ) -> Option<Wait> {
         let WriteRequest { content, expected, metadata, retry, mut reply } = request;
         let span = reply.span.clone();
         let _in_span = span.enter();
@@ -370,7 +379,7 @@ impl EntityState {
             return Some(Wait::Rebuild);
         }
         let retry = key.zip(retry.map(|retry| retry.fingerprint));
-        if let Err(error) = self.submit(events, decoded, metadata.as_ref(), retry, reply) {
+        if let Err(error) = self.submit(me, events, decoded, metadata.as_ref(), retry, reply) {
             // The state has the events and the log has not: start over.
             tracing::error!(%entity, error = %error, "a commit could not be encoded");
             return Some(Wait::Unload);
@@ -461,6 +470,7 @@ impl EntityState {
     /// Seals the commit and hands it to the writer, with the reply.
     fn submit(
         &mut self,
+        me: &ActorRef<EntityMessage>,
         events: EncodedEvents,
         decoded: Decoded,
         metadata: Option<&Metadata>,
@@ -503,12 +513,18 @@ impl EntityState {
         let create = !std::mem::replace(&mut loaded.created, true);
         let append_key = key.map(|key| key.0.to_vec());
         let (entity, version, has_key) = (self.identity.hash, Version(loaded.version), key.is_some());
+        // Whoever appends much at once and then nothing would keep it in memory, decoded, until the next sweep.
+        let nudged = (body.len() >= NUDGE_BYTES).then(|| me.clone());
         let on_settled = Box::new(move |result: Result<(), _>| {
             if result.is_ok() {
                 reply.metrics.events.increment(u64::from(count));
             }
             let written = result.map(|()| Written::Committed(version));
             reply.send(written.map_err(|error| AppendError::from_commit(entity, error, has_key)));
+            if let Some(me) = nudged {
+                // One that has left has nothing to publish.
+                let _ = me.cast(EntityMessage::Publish);
+            }
         });
         let activation = loaded.activation.clone();
         let submission = |entity| {

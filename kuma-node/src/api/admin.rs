@@ -329,6 +329,10 @@ async fn ledger(kuma: &Kuma, file: &FilePath) -> Result<wire::BackupReportBody, 
     responses((status = 200, description = "Prometheus' text format", body = String, content_type = "text/plain"), Problems),
 )]
 pub(crate) async fn metrics(State(node): State<Arc<Node>>, _may: May<access::AnyToken>) -> Response {
+    metrics::gauge!("kuma_http_connections").set(node.connections.load(std::sync::atomic::Ordering::Relaxed) as f64);
+    if let Some(bytes) = process::memory() {
+        metrics::gauge!("kuma_http_resident_bytes").set(bytes as f64);
+    }
     let text = tokio::task::spawn_blocking({
         let metrics = node.metrics.clone();
         move || metrics.render()
