@@ -132,6 +132,8 @@ async fn an_erasure_is_asked_for_its_receipt_and_saves_it() {
         serde_json::from_str::<Value>(&out).unwrap(),
         serde_json::from_str::<Value>(&std::fs::read_to_string(&path).unwrap()).unwrap()
     );
+    // The receipt of one erasure does not take the place of another's.
+    expect(&run(&fake.url, &arguments).await, 2);
     let seen = fake.seen();
     assert_eq!(seen.len(), 2);
     assert!(
@@ -277,4 +279,29 @@ async fn a_token_comes_from_a_file() {
     std::fs::write(file.path(), "s3cret\n").unwrap();
     run(&fake.url, &["receipt", "show", "00", "--token-file", file.path().to_str().unwrap()]).await;
     assert_eq!(fake.seen()[0].header("authorization"), Some("Bearer s3cret"));
+}
+
+/// Without a node: from the backups alone.
+#[tokio::test]
+async fn a_store_is_restored_from_its_backups() {
+    use kuma_core::{Kuma, MasterKeySource, Options};
+    let directory = tempfile::tempdir().unwrap();
+    let place = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
+    let kuma = Kuma::start(Options::new(place("data")).shards(1)).await.unwrap();
+    kuma.import("lines").run(&mut LINES.as_bytes(), |_| ()).await.unwrap();
+    kuma.backup(place("events")).run(|_| ()).await.unwrap();
+    kuma.backup_keys(place("keys")).await.unwrap();
+    kuma.shutdown().await;
+
+    let (events, keys, new, key) = (place("events"), place("keys"), place("new"), place("data/master.key"));
+    let arguments = ["restore", &events, "--keys", &keys, "--data", &new, "--master-key", &key];
+    let (out, err) = expect(&run("http://127.0.0.1:1", &arguments).await, 0);
+    assert!(out.starts_with("restored 1 events in 1 commits of 1 entities"), "{out}");
+    assert!(err.contains("warning: no ledger was given"), "{err}");
+    let restored = Kuma::start(Options::new(&new).master_key(MasterKeySource::File(key.clone().into()))).await.unwrap();
+    assert_eq!(restored.raw("a", "b").read().await.unwrap().1.0, 1);
+    restored.shutdown().await;
+    // What is there is not written over.
+    let (out, err) = expect(&run("http://127.0.0.1:1", &arguments).await, 1);
+    assert!(out.is_empty() && err.starts_with("error: "), "{err}");
 }

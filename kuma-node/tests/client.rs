@@ -260,3 +260,28 @@ async fn a_node_that_is_not_ready_says_why() {
     let (is_ready, health) = client(&fake).ready().await.unwrap();
     assert!(!is_ready && health.reasons == ["the node is shutting down"]);
 }
+
+/// With a certificate that only the given file knows. HTTP/2 is agreed on by itself.
+#[tokio::test]
+async fn a_node_is_trusted_by_the_certificates_that_are_named() {
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let certified = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
+    let (cert, key) = (certified.cert.pem(), certified.signing_key.serialize_pem());
+    let config = axum_server::tls_rustls::RustlsConfig::from_pem(cert.clone().into(), key.into()).await.unwrap();
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.set_nonblocking(true).unwrap();
+    let url = format!("https://localhost:{}", listener.local_addr().unwrap().port());
+    let router = axum::Router::new().fallback(|| async { json_body(&json!({"status": "ok", "reasons": []})) });
+    tokio::spawn(axum_server::from_tcp_rustls(listener, config).unwrap().serve(router.into_make_service()));
+
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), cert).unwrap();
+    let named = ClientOptions { url, token: None, ca_cert: Some(file.path().to_owned()) };
+    assert!(within(Client::new(&named).unwrap().ready()).await.unwrap().0);
+    let other = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
+    std::fs::write(file.path(), other.cert.pem()).unwrap();
+    let error = within(Client::new(&named).unwrap().ready()).await.unwrap_err();
+    assert!(matches!(error, ClientError::Connect { .. }), "{error:?}");
+    std::fs::write(file.path(), "no certificate").unwrap();
+    assert!(matches!(Client::new(&named), Err(ClientError::Settings(_))));
+}
