@@ -1,140 +1,22 @@
 //! The client keeps its promises when connections do not: against a server that answers as it is told to.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-use std::{
-    convert::Infallible,
-    io,
-    sync::{Arc, Mutex},
-    time::Duration,
-};
+mod fake;
 
-use axum::{
-    Router,
-    body::{Body, Bytes, to_bytes},
-    extract::{Request, State},
-    http::{HeaderMap, StatusCode},
-    response::{IntoResponse, Response},
-};
+use std::convert::Infallible;
+
+use axum::{body::Bytes, http::StatusCode, response::IntoResponse};
+use fake::{DEADLINE, Fake, cut_behind, json_body, open_behind, problem};
 use futures_util::stream;
 use kuma_node::{
     client::{At, Begin, Client, ClientError, ClientOptions, NewEvent, Subscription, SubscriptionStep},
-    wire::{ImportProgressBody, Problem, ReasonBody, VerificationBody, VerifyProgressBody},
+    wire::{ImportProgressBody, ReasonBody, VerificationBody, VerifyProgressBody},
 };
 use serde_json::{json, value::RawValue};
 
-/// Long enough for a busy machine: nothing waits for it that goes well.
-const DEADLINE: Duration = Duration::from_secs(30);
-
-/// A request as it came.
-#[derive(Clone, Debug)]
-struct Seen {
-    method: String,
-    path: String,
-    headers: HeaderMap,
-    body: Bytes,
-}
-
-impl Seen {
-    fn header(&self, name: &str) -> Option<&str> {
-        self.headers.get(name).map(|value| value.to_str().unwrap())
-    }
-}
-
-type Answer = dyn Fn(usize, &Seen) -> Response + Send + Sync;
-
-struct Fake {
-    url: String,
-    seen: Arc<Mutex<Vec<Seen>>>,
-}
-
-#[derive(Clone)]
-struct Told {
-    seen: Arc<Mutex<Vec<Seen>>>,
-    answer: Arc<Answer>,
-    reads_bodies: bool,
-}
-
-impl Fake {
-    /// A server that gives the nth request, from 0, this answer.
-    async fn start(answer: impl Fn(usize, &Seen) -> Response + Send + Sync + 'static) -> Fake {
-        Fake::with(true, answer).await
-    }
-
-    async fn with(reads_bodies: bool, answer: impl Fn(usize, &Seen) -> Response + Send + Sync + 'static) -> Fake {
-        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let url = format!("http://{}", listener.local_addr().unwrap());
-        let seen = Arc::new(Mutex::new(Vec::new()));
-        let told = Told { seen: seen.clone(), answer: Arc::new(answer), reads_bodies };
-        let router = Router::new().fallback(handle).with_state(told);
-        tokio::spawn(async move { axum::serve(listener, router).await });
-        Fake { url, seen }
-    }
-
-    fn client(&self) -> Client {
-        let options = ClientOptions { url: self.url.clone(), token: Some("t0ken".to_owned()), ca_cert: None };
-        Client::new(&options).unwrap()
-    }
-
-    fn seen(&self) -> Vec<Seen> {
-        self.seen.lock().unwrap().clone()
-    }
-}
-
-async fn handle(State(told): State<Told>, request: Request) -> Response {
-    let (parts, body) = request.into_parts();
-    let body = if told.reads_bodies { to_bytes(body, usize::MAX).await.unwrap_or_default() } else { Bytes::new() };
-    let path = parts.uri.path_and_query().unwrap().as_str().to_owned();
-    let seen = Seen { method: parts.method.to_string(), path, headers: parts.headers, body };
-    let n = {
-        let mut all = told.seen.lock().unwrap();
-        all.push(seen.clone());
-        all.len() - 1
-    };
-    (told.answer)(n, &seen)
-}
-
-fn json_body(value: &impl serde::Serialize) -> Body {
-    serde_json::to_vec(value).unwrap().into()
-}
-
-fn problem(status: u16, code: &str, retry_after_ms: Option<u64>) -> Response {
-    let body = Problem {
-        kind: format!("urn:kuma:{code}"),
-        title: code.to_owned(),
-        status,
-        code: code.to_owned(),
-        detail: format!("{code} happened"),
-        retry_safe: retry_after_ms.is_some(),
-        retry_after_ms,
-        actual_version: None,
-        request_id: None,
-    };
-    (StatusCode::from_u16(status).unwrap(), json_body(&body)).into_response()
-}
-
-/// An answer whose connection is cut behind these bytes.
-fn cut_behind(text: &'static str) -> Response {
-    let pieces = [Ok(Bytes::from(text)), Err(io::Error::other("cut"))];
-    let pieces = stream::unfold(pieces.into_iter(), |mut pieces| async move {
-        let piece = pieces.next()?;
-        if piece.is_err() {
-            // What was there before goes out when the body has nothing for once.
-            tokio::task::yield_now().await;
-        }
-        Some((piece, pieces))
-    });
-    Body::from_stream(pieces).into_response()
-}
-
-/// An answer that does not end.
-fn open_behind(text: &'static str) -> Response {
-    let pieces = stream::unfold(Some(text), |text| async move {
-        match text {
-            Some(text) => Some((Ok::<_, Infallible>(Bytes::from(text)), None)),
-            None => std::future::pending().await,
-        }
-    });
-    Body::from_stream(pieces).into_response()
+fn client(fake: &Fake) -> Client {
+    let options = ClientOptions { url: fake.url.clone(), token: Some("t0ken".to_owned()), ca_cert: None };
+    Client::new(&options).unwrap()
 }
 
 fn event(data: &str) -> NewEvent {
@@ -154,7 +36,7 @@ async fn an_append_is_sent_again_with_the_same_key_until_it_is_known() {
     })
     .await;
     let mut failures = 0;
-    let (client, events) = (fake.client(), [event("{\"amount\":123456789012345678901234567890}")]);
+    let (client, events) = (client(&fake), [event("{\"amount\":123456789012345678901234567890}")]);
     let appended = client.append("account", "a", &events, Some(6), "k1", |_, _| failures += 1);
     let appended = within(appended).await.unwrap();
     assert_eq!((appended.version, appended.repeated, failures), (7, true, 2));
@@ -172,7 +54,7 @@ async fn an_append_is_sent_again_with_the_same_key_until_it_is_known() {
 #[tokio::test]
 async fn a_refused_append_is_sent_once() {
     let fake = Fake::start(|_, _| problem(412, "wrong_version", None)).await;
-    let (client, events) = (fake.client(), [event("1")]);
+    let (client, events) = (client(&fake), [event("1")]);
     let error =
         client.append("account", "a", &events, None, "k1", |_, _| panic!("it is sent again")).await.unwrap_err();
     assert_eq!(error.problem().unwrap().code, "wrong_version");
@@ -182,7 +64,7 @@ async fn a_refused_append_is_sent_once() {
 #[tokio::test]
 async fn an_append_is_given_up_after_a_few_tries() {
     let fake = Fake::start(|_, _| problem(503, "overloaded", Some(1))).await;
-    let (client, events) = (fake.client(), [event("1")]);
+    let (client, events) = (client(&fake), [event("1")]);
     let error = within(client.append("account", "a", &events, None, "k1", |_, _| ())).await.unwrap_err();
     assert!(error.is_unavailable() && error.is_retry_safe());
     assert_eq!(fake.seen().len(), 6);
@@ -192,7 +74,7 @@ async fn an_append_is_given_up_after_a_few_tries() {
 async fn an_id_arrives_as_it_is() {
     let fake = Fake::start(|_, _| problem(404, "never_written", None)).await;
     for id in ["a/b", "%2F", "a b?c#d&e=f", "Zürich", "a\\b;c:d@e", "...", "\u{7f}\n"] {
-        fake.client().entity("account", id, &At::Version(3)).await.unwrap_err();
+        client(&fake).entity("account", id, &At::Version(3)).await.unwrap_err();
         let seen = fake.seen().pop().unwrap();
         let segment = seen.path.strip_prefix("/v1/entities/account/").unwrap().strip_suffix("?version=3").unwrap();
         let uri = format!("http://x/?id={segment}").parse().unwrap();
@@ -201,7 +83,7 @@ async fn an_id_arrives_as_it_is() {
         assert!(!segment.contains('/'));
     }
     let reason = ReasonBody { reason: "r".to_owned(), by: None };
-    assert!(matches!(fake.client().erase("account", "..", &reason).await, Err(ClientError::Name(_))));
+    assert!(matches!(client(&fake).erase("account", "..", &reason).await, Err(ClientError::Name(_))));
 }
 
 /// Its last line is what makes a work done, and an export whole.
@@ -215,7 +97,7 @@ async fn an_answer_that_was_cut_off_is_not_taken_for_whole() {
         _ => "{\"kind\":\"a\"}\n".into_response(),
     })
     .await;
-    let client = fake.client();
+    let client = client(&fake);
     for _ in 0..2 {
         let mut told = Vec::new();
         let ended = client.verify().await.unwrap().finish(|now: VerifyProgressBody| told.push(now.commits)).await;
@@ -244,7 +126,7 @@ async fn a_work_tells_what_it_found_or_why_not() {
         _ => "<html>hello</html>\n".into_response(),
     })
     .await;
-    let client = fake.client();
+    let client = client(&fake);
     let found: VerificationBody = client.verify().await.unwrap().finish(|_| ()).await.unwrap();
     assert!(!found.is_clean && found.damage == ["x"]);
     let stopped = client.verify().await.unwrap().finish(|_| ()).await.unwrap_err();
@@ -258,7 +140,7 @@ async fn a_refusal_is_heard_while_the_file_is_still_being_sent() {
     let fake = Fake::with(false, |_, _| problem(422, "invalid_line", None)).await;
     for _ in 0..10 {
         let pieces = stream::iter((0..4096).map(|_| Ok::<_, Infallible>(Bytes::from(vec![b'\n'; 64 << 10]))));
-        let sent = fake.client().import("file", reqwest::Body::wrap_stream(pieces)).await;
+        let sent = client(&fake).import("file", reqwest::Body::wrap_stream(pieces)).await;
         let error = sent.unwrap_err();
         assert!(error.problem().is_some_and(|problem| problem.code == "invalid_line"), "{error:?}");
     }
@@ -273,7 +155,7 @@ async fn progress_is_told_while_the_file_is_still_being_sent() {
     let (told, mut heard) = tokio::sync::mpsc::unbounded_channel();
     let never_ends = stream::pending::<Result<Bytes, Infallible>>();
     let import = async {
-        let work = fake.client().import("file", reqwest::Body::wrap_stream(never_ends)).await.unwrap();
+        let work = client(&fake).import("file", reqwest::Body::wrap_stream(never_ends)).await.unwrap();
         work.finish(|now: ImportProgressBody| assert!(told.send(now.events).is_ok())).await
     };
     tokio::select! {
@@ -299,7 +181,7 @@ async fn a_subscription_goes_on_behind_the_last_whole_message() {
         _ => open_behind("id: c1\n\nid: c2\nevent: event\ndata: 2\n\n"),
     })
     .await;
-    let mut subscription = fake.client().subscribe(&["a b".to_owned()], &["k.E".to_owned()], Begin::Beginning);
+    let mut subscription = client(&fake).subscribe(&["a b".to_owned()], &["k.E".to_owned()], Begin::Beginning);
     assert!(matches!(subscription.next().await.unwrap(), SubscriptionStep::Connected));
     assert_eq!(message(&mut subscription).await, ("1".to_owned(), "c1".to_owned()));
     let step = within(subscription.next()).await.unwrap();
@@ -327,7 +209,7 @@ async fn a_subscription_from_now_goes_on_from_where_it_began() {
         _ => open_behind("id: c1\ndata: 1\n\n"),
     })
     .await;
-    let mut subscription = fake.client().subscribe(&[], &[], Begin::Now);
+    let mut subscription = client(&fake).subscribe(&[], &[], Begin::Now);
     assert_eq!(message(&mut subscription).await.0, "1");
     assert_eq!(fake.seen()[0].path, "/v1/events?from=now");
     assert_eq!((fake.seen()[1].path.as_str(), fake.seen()[1].header("last-event-id")), ("/v1/events", Some("c0")));
@@ -340,7 +222,7 @@ async fn a_subscription_that_is_refused_ends() {
         _ => problem(409, "invalid_checkpoint", None),
     })
     .await;
-    let mut subscription = fake.client().subscribe(&[], &[], Begin::Place("c0".to_owned()));
+    let mut subscription = client(&fake).subscribe(&[], &[], Begin::Place("c0".to_owned()));
     assert_eq!(message(&mut subscription).await.0, "1");
     assert!(matches!(within(subscription.next()).await.unwrap(), SubscriptionStep::Lost { .. }));
     let error = within(subscription.next()).await.unwrap_err();
@@ -364,7 +246,7 @@ async fn nobody_there_is_told_at_once() {
 #[tokio::test]
 async fn redirects_are_not_followed() {
     let fake = Fake::start(|_, _| (StatusCode::TEMPORARY_REDIRECT, [("location", "/elsewhere")]).into_response()).await;
-    assert!(matches!(fake.client().status().await, Err(ClientError::Unexpected(_))));
+    assert!(matches!(client(&fake).status().await, Err(ClientError::Unexpected(_))));
     assert_eq!(fake.seen().len(), 1);
 }
 
@@ -375,6 +257,31 @@ async fn a_node_that_is_not_ready_says_why() {
         (StatusCode::SERVICE_UNAVAILABLE, json_body(&body)).into_response()
     })
     .await;
-    let (is_ready, health) = fake.client().ready().await.unwrap();
+    let (is_ready, health) = client(&fake).ready().await.unwrap();
     assert!(!is_ready && health.reasons == ["the node is shutting down"]);
+}
+
+/// With a certificate that only the given file knows. HTTP/2 is agreed on by itself.
+#[tokio::test]
+async fn a_node_is_trusted_by_the_certificates_that_are_named() {
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let certified = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
+    let (cert, key) = (certified.cert.pem(), certified.signing_key.serialize_pem());
+    let config = axum_server::tls_rustls::RustlsConfig::from_pem(cert.clone().into(), key.into()).await.unwrap();
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.set_nonblocking(true).unwrap();
+    let url = format!("https://localhost:{}", listener.local_addr().unwrap().port());
+    let router = axum::Router::new().fallback(|| async { json_body(&json!({"status": "ok", "reasons": []})) });
+    tokio::spawn(axum_server::from_tcp_rustls(listener, config).unwrap().serve(router.into_make_service()));
+
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), cert).unwrap();
+    let named = ClientOptions { url, token: None, ca_cert: Some(file.path().to_owned()) };
+    assert!(within(Client::new(&named).unwrap().ready()).await.unwrap().0);
+    let other = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
+    std::fs::write(file.path(), other.cert.pem()).unwrap();
+    let error = within(Client::new(&named).unwrap().ready()).await.unwrap_err();
+    assert!(matches!(error, ClientError::Connect { .. }), "{error:?}");
+    std::fs::write(file.path(), "no certificate").unwrap();
+    assert!(matches!(Client::new(&named), Err(ClientError::Settings(_))));
 }

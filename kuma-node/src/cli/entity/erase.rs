@@ -1,15 +1,18 @@
 //! `entity erase`: destroys an entity, and keeps the receipt.
 
-use std::{path::PathBuf, time::Duration};
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use clap::Args;
 use serde_json::value::RawValue;
 
 use super::Name;
 use crate::{
     cli::{
-        Exit, Session, ask,
+        Exit, Session, UsageError, ask,
         output::{Output, duration},
         save::Partial,
     },
@@ -51,17 +54,29 @@ pub(in crate::cli) async fn run(session: &Session, arguments: EraseArguments) ->
         ask::confirm(&what, &name.id)?;
     }
     // What cannot be saved is to be known before, not after.
-    let file = path.as_deref().map(Partial::create).transpose()?;
+    let file = path.as_deref().map(create).transpose()?;
     let receipt = erase(&client, &name, &ReasonBody { reason, by }, &session.output).await?;
-    // First of all: whatever happens to the file, it was told.
-    session.output.json(&receipt)?;
-    if let Some(mut file) = file {
-        file.write(receipt.get().as_bytes())?;
-        file.write(b"\n")?;
-        file.finish()?;
-    }
+    // Whichever of the two places fails, the receipt is in the other one.
+    let saved = file.map_or(Ok(()), |file| save(file, &receipt));
+    let printed = session.output.json(&receipt);
+    saved?;
+    printed?;
     session.output.note(format_args!("{name} is erased; keep the receipt"));
     Ok(Exit::Done)
+}
+
+/// Begins the file of the receipt. One that is there is of another erasure, and is kept.
+fn create(path: &Path) -> anyhow::Result<Partial> {
+    if path.exists() {
+        bail!(UsageError(format!("{} is there already; give the receipt another name", path.display())));
+    }
+    Partial::create(path)
+}
+
+fn save(mut file: Partial, receipt: &RawValue) -> anyhow::Result<()> {
+    file.write(receipt.get().as_bytes())?;
+    file.write(b"\n")?;
+    file.finish()
 }
 
 /// Asking again is asking for the receipt, so that it can be done as often as it takes.
