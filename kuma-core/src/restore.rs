@@ -48,8 +48,8 @@ use crate::{
 const NAMED_MAX: usize = 1000;
 /// How long the erasures may make no progress.
 const ERASE_PATIENCE: Duration = Duration::from_secs(60);
-/// What may be in the target: the master key, at its usual place.
-const KEEP: [&str; 1] = ["master.key"];
+/// What may be in the target: the master key, and a server's tokens with their lock, at their usual places.
+const KEEP: [&str; 3] = ["master.key", "tokens.json", "tokens.json.lock"];
 
 /// Why a store was not restored. Nothing is left of it at the target.
 #[derive(Debug, thiserror::Error)]

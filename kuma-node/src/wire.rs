@@ -177,13 +177,18 @@ pub struct ChangeBody {
     /// Where, as a JSON pointer.
     pub path: String,
     /// What was there; left out if nothing was.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "there", skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<Value>)]
     pub before: Option<Value>,
     /// What is there; left out if nothing is.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "there", skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<Value>)]
     pub after: Option<Value>,
+}
+
+/// A value that is there, also if it is `null`.
+fn there<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<Value>, D::Error> {
+    Value::deserialize(deserializer).map(Some)
 }
 
 /// What became of the request with an idempotency key.
