@@ -497,6 +497,23 @@ mod tests {
         assert_eq!(packed(r#"{"a":"\ud800"}"#), Err(Unfit::Text));
     }
 
+    /// Which of the two counts would be a guess, and another reader may guess differently.
+    #[test]
+    fn a_name_that_comes_twice_is_refused_however_many_there_are() {
+        let object = |names: &[u32]| {
+            let fields: Vec<String> = names.iter().map(|name| format!("\"n{name}\":[{{}}, {name}]")).collect();
+            format!("[{{{}}}]", fields.join(","))
+        };
+        let mut names: Vec<u32> = (0..40).collect();
+        assert!(packed(&object(&names)).is_ok());
+        for (first, second) in [(0, 1), (3, 15), (3, 16), (3, 39), (20, 39)] {
+            let kept = std::mem::replace(&mut names[second], first);
+            assert_eq!(packed(&object(&names)), Err(Unfit::DuplicateName), "{first} {second}");
+            names[second] = kept;
+        }
+        assert!(packed(r#"{"a":{"a":1},"b":{"a":2}}"#).is_ok(), "another object has names of its own");
+    }
+
     #[test]
     fn fields_keep_their_order_and_number() {
         let json = r#"{"z":1,"a":{"y":[],"b":{}},"z":2}"#;

@@ -185,7 +185,7 @@ impl Line {
 
 /// What the present code cannot read.
 fn undecodable<E: Entity>(lines: &[Line]) -> Vec<String> {
-    let kind = match TypedKind::<E>::new() {
+    let kind = match TypedKind::<E>::new(crate::kind_options::Tuning::default()) {
         Ok(kind) => kind,
         Err(refused) => return vec![format!("- {refused}")],
     };

@@ -58,7 +58,8 @@ use crate::{
 /// An event does not survive being stored.
 #[track_caller]
 pub fn given<E: Entity>(events: impl IntoIterator<Item = E::Event>) -> Given<E> {
-    let kind = TypedKind::<E>::new().unwrap_or_else(|refused| panic!("{refused}"));
+    let kind =
+        TypedKind::<E>::new(crate::kind_options::Tuning::default()).unwrap_or_else(|refused| panic!("{refused}"));
     let state = kind.initial();
     Given { kind, state }.and(events)
 }
