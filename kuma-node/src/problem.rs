@@ -18,9 +18,12 @@ use kuma_core::{
 
 use crate::wire;
 
-/// A failure on its way to whoever asked.
+/// A failure on its way to whoever asked. In a box, because what succeeds should not have to carry its size.
 #[derive(Clone, Debug)]
-pub(crate) struct Problem {
+pub(crate) struct Problem(Box<Told>);
+
+#[derive(Clone, Debug)]
+struct Told {
     status: StatusCode,
     code: &'static str,
     detail: String,
@@ -38,7 +41,7 @@ impl Problem {
     /// A failure that a retry does not mend.
     pub(crate) fn new(status: StatusCode, code: &'static str, detail: impl Into<String>) -> Self {
         let (retry_safe, retry_after, actual_version, header) = (false, None, None, None);
-        Problem { status, code, detail: detail.into(), retry_safe, retry_after, actual_version, header }
+        Problem(Box::new(Told { status, code, detail: detail.into(), retry_safe, retry_after, actual_version, header }))
     }
 
     /// The request is not one that is understood.
@@ -63,37 +66,40 @@ impl Problem {
         Problem::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", detail)
     }
 
-    pub(crate) fn retry_after(self, after: Duration) -> Self {
-        Problem { retry_safe: true, retry_after: Some(after), ..self }
+    pub(crate) fn retry_after(mut self, after: Duration) -> Self {
+        (self.0.retry_safe, self.0.retry_after) = (true, Some(after));
+        self
     }
 
-    pub(crate) fn retry_safe(self, retry_safe: bool) -> Self {
-        Problem { retry_safe, ..self }
+    pub(crate) fn retry_safe(mut self, retry_safe: bool) -> Self {
+        self.0.retry_safe = retry_safe;
+        self
     }
 
-    pub(crate) fn header(self, name: header::HeaderName, value: HeaderValue) -> Self {
-        Problem { header: Some((name, value)), ..self }
+    pub(crate) fn header(mut self, name: header::HeaderName, value: HeaderValue) -> Self {
+        self.0.header = Some((name, value));
+        self
     }
 
     pub(crate) fn code(&self) -> &'static str {
-        self.code
+        self.0.code
     }
 
     pub(crate) fn detail(&self) -> &str {
-        &self.detail
+        &self.0.detail
     }
 
     /// As it goes over the wire.
     pub(crate) fn body(&self, request_id: Option<String>) -> wire::Problem {
         wire::Problem {
-            kind: format!("urn:kuma:{}", self.code),
-            title: self.code.replace('_', " "),
-            status: self.status.as_u16(),
-            code: self.code.to_owned(),
-            detail: self.detail.clone(),
-            retry_safe: self.retry_safe,
-            retry_after_ms: self.retry_after.map(|after| u64::try_from(after.as_millis()).unwrap_or(u64::MAX)),
-            actual_version: self.actual_version.map(|version| version.0),
+            kind: format!("urn:kuma:{}", self.0.code),
+            title: self.0.code.replace('_', " "),
+            status: self.0.status.as_u16(),
+            code: self.0.code.to_owned(),
+            detail: self.0.detail.clone(),
+            retry_safe: self.0.retry_safe,
+            retry_after_ms: self.0.retry_after.map(|after| u64::try_from(after.as_millis()).unwrap_or(u64::MAX)),
+            actual_version: self.0.actual_version.map(|version| version.0),
             request_id,
         }
     }
@@ -101,14 +107,14 @@ impl Problem {
 
 impl IntoResponse for Problem {
     fn into_response(self) -> Response {
-        let mut response = (self.status, Json(self.body(None))).into_response();
+        let mut response = (self.0.status, Json(self.body(None))).into_response();
         let headers = response.headers_mut();
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
-        if let Some(after) = self.retry_after {
+        if let Some(after) = self.0.retry_after {
             // Whole seconds, and at least one: 0 would mean at once.
             headers.insert(header::RETRY_AFTER, after.as_secs().max(1).into());
         }
-        if let Some((name, value)) = self.header.clone() {
+        if let Some((name, value)) = self.0.header.clone() {
             headers.insert(name, value);
         }
         // The middleware adds the id of the request.
@@ -163,7 +169,9 @@ impl From<Refused> for Problem {
             ),
             other => other.to_string(),
         };
-        Problem { actual_version, ..Problem::new(status, code, detail) }
+        let mut problem = Problem::new(status, code, detail);
+        problem.0.actual_version = actual_version;
+        problem
     }
 }
 
