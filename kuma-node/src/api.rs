@@ -140,6 +140,32 @@ pub(crate) struct EntityPath {
     pub(crate) id: String,
 }
 
+impl EntityPath {
+    /// The handle of the entity.
+    ///
+    /// # Errors
+    /// It is one of the store's own, which have routes and rights of their own.
+    pub(crate) fn entity(&self, node: &Node) -> Result<kuma_core::RawHandle, Problem> {
+        check_kind(&self.kind)?;
+        Ok(node.kuma.raw(&self.kind, &self.id))
+    }
+}
+
+/// Whether a kind is for everybody.
+///
+/// # Errors
+/// It is the store's own.
+pub(crate) fn check_kind(kind: &str) -> Result<(), Problem> {
+    match kind.starts_with("kuma.") {
+        false => Ok(()),
+        true => Err(Problem::new(
+            StatusCode::FORBIDDEN,
+            "reserved_kind",
+            "kinds that begin with `kuma.` are the store's own; the audit log is at /v1/audit",
+        )),
+    }
+}
+
 /// Any JSON value, for the document.
 pub(crate) struct AnyJson;
 

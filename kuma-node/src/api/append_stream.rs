@@ -84,22 +84,27 @@ pub(crate) async fn append(
     let permit = node.stream()?;
     let (on_the_way, outcomes) = mpsc::channel(node.config.stream_in_flight_max);
     tokio::spawn(read(node, body, encoding, on_the_way));
-    let answer = stream::unfold((outcomes, permit), move |(mut outcomes, permit)| async move {
+    let answer = stream::unfold((outcomes, None, permit), move |(mut outcomes, held, permit)| async move {
         let mut chunk = Vec::with_capacity(4096);
-        let first: Entry = outcomes.recv().await?;
+        let first: Entry = match held {
+            Some(held) => held,
+            None => outcomes.recv().await?,
+        };
         first.settle(encoding, &mut chunk).await;
+        // What is known by now goes out with it; the first that is not has to wait for the next chunk.
+        let mut held = None;
         while chunk.len() < CHUNK_BYTES
             && let Ok(mut next) = outcomes.try_recv()
         {
             match next.poll_now() {
                 Some(outcome) => next.write(encoding, outcome, &mut chunk),
                 None => {
-                    // What is known goes out first; but it is one disk sync, and soon over.
-                    next.settle(encoding, &mut chunk).await;
+                    held = Some(next);
+                    break;
                 }
             }
         }
-        Some((Ok::<_, std::convert::Infallible>(Bytes::from(chunk)), (outcomes, permit)))
+        Some((Ok::<_, std::convert::Infallible>(Bytes::from(chunk)), (outcomes, held, permit)))
     });
     let content_type = match encoding {
         Encoding::Json => "application/x-ndjson",

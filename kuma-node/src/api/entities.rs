@@ -76,7 +76,7 @@ pub(crate) async fn append(
         }
         (body, header) => body.or(header),
     };
-    let entity = node.kuma.raw(&path.kind, &path.id);
+    let entity = path.entity(&node)?;
     let mut append = entity.append_all(read.events);
     if let Some(expected) = expected {
         append = append.expecting(expected);
@@ -163,11 +163,11 @@ pub(crate) struct StateQuery {
 pub(crate) async fn state(
     State(node): State<Arc<Node>>,
     _may: May<access::Read>,
-    Path(EntityPath { kind, id }): Path<EntityPath>,
+    Path(path): Path<EntityPath>,
     Query(query): Query<StateQuery>,
 ) -> Result<Response, Problem> {
-    let entity = node.kuma.raw(&kind, &id);
-    let (state, version) = state_of(&entity, &query).await?;
+    let (state, version) = state_of(&path.entity(&node)?, &query).await?;
+    let EntityPath { kind, id } = path;
     let body = wire::EntityState { kind, id, version: version.0, state };
     let mut response = json(StatusCode::OK, &body);
     response.headers_mut().insert(header::ETAG, etag(version));

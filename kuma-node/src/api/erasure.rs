@@ -47,7 +47,7 @@ pub(crate) async fn erase(
     Query(EraseQuery { reason, by }): Query<EraseQuery>,
 ) -> Result<Response, Problem> {
     check_by(&caller, by.as_deref())?;
-    let receipt = node.kuma.raw(&path.kind, &path.id).erase(caller.reason(reason, by)).await?;
+    let receipt = path.entity(&node)?.erase(caller.reason(reason, by)).await?;
     Ok(json(StatusCode::OK, &receipt))
 }
 
@@ -79,7 +79,7 @@ pub(crate) async fn recreate(
     JsonBody(wire::ReasonBody { reason, by }): JsonBody<wire::ReasonBody>,
 ) -> Result<Response, Problem> {
     check_by(&caller, by.as_deref())?;
-    let life = node.kuma.raw(&path.kind, &path.id).recreate(caller.reason(reason, by)).await?;
+    let life = path.entity(&node)?.recreate(caller.reason(reason, by)).await?;
     Ok(json(StatusCode::OK, &wire::LifeBody { life, version: 0 }))
 }
 
@@ -102,7 +102,7 @@ pub(crate) async fn restore_to(
     JsonBody(wire::RestoreToBody { version, reason, by }): JsonBody<wire::RestoreToBody>,
 ) -> Result<Response, Problem> {
     check_by(&caller, by.as_deref())?;
-    let entity = node.kuma.raw(&path.kind, &path.id);
+    let entity = path.entity(&node)?;
     let restored = entity.restore_to(Version(version), caller.reason(reason, by)).await?;
     Ok(json(StatusCode::OK, &wire::LifeBody { life: restored.life, version: restored.version.0 }))
 }

@@ -56,7 +56,7 @@ pub(crate) async fn entity(
     Query(query): Query<ExportQuery>,
 ) -> Result<Response, Problem> {
     let permit = node.stream()?;
-    let entity = node.kuma.raw(&path.kind, &path.id);
+    let entity = path.entity(&node)?;
     exists(&entity).await?;
     Ok(lines(written(permit, move |mut to| async move {
         match query.archive {

@@ -85,7 +85,7 @@ pub(crate) async fn events(
     Query(query): Query<EventsQuery>,
     headers: HeaderMap,
 ) -> Result<Response, Problem> {
-    let entity = node.kuma.raw(&path.kind, &path.id);
+    let entity = path.entity(&node)?;
     let limit = query.limit.unwrap_or(LIMIT_DEFAULT);
     if !(1..=LIMIT_MAX).contains(&limit) || query.from == Some(0) || query.to == Some(0) {
         return Err(Problem::bad("invalid_query_string", "`limit` is 1 to 1000, `from` and `to` are versions from 1"));
@@ -242,7 +242,7 @@ pub(crate) async fn diff(
     Path(path): Path<EntityPath>,
     Query(query): Query<DiffQuery>,
 ) -> Result<Response, Problem> {
-    let entity = node.kuma.raw(&path.kind, &path.id);
+    let entity = path.entity(&node)?;
     exists(&entity).await?;
     let to = match query.to {
         Some(to) => Version(to),
@@ -273,7 +273,7 @@ pub(crate) async fn outcome(
     let Some(key) = headers.get(IDEMPOTENCY_KEY) else {
         return Err(Problem::bad("invalid_header", "the header `Idempotency-Key` is missing"));
     };
-    let outcome = match node.kuma.raw(&path.kind, &path.id).outcome(key.as_bytes()).await? {
+    let outcome = match path.entity(&node)?.outcome(key.as_bytes()).await? {
         Outcome::Committed(version) => wire::OutcomeBody::Committed { version: version.0 },
         Outcome::InFlight => wire::OutcomeBody::InFlight,
         Outcome::NeverSeen => wire::OutcomeBody::NeverSeen,

@@ -19,7 +19,7 @@ use serde::Serialize;
 use tokio::{sync::OwnedSemaphorePermit, time::timeout};
 
 use super::{
-    Problems,
+    Problems, check_kind,
     history::{CHUNK_BYTES, EventHead, write_event},
     parse_time,
 };
@@ -134,11 +134,15 @@ fn parse(query: &str) -> Result<(Filter, Start), Problem> {
     let (mut filter, mut start) = (Filter::all(), None);
     for (name, value) in fields {
         match name.as_str() {
-            "kind" => filter = filter.and_kind(value),
+            "kind" => {
+                check_kind(&value)?;
+                filter = filter.and_kind(value);
+            }
             "event" => {
                 // A kind may have dots, and the name of an event as well; the last one separates them.
                 let (kind, event) =
                     value.rsplit_once('.').ok_or_else(|| refuse("`event` is KIND.NAME, `account.Deposited` say"))?;
+                check_kind(kind)?;
                 filter = filter.and_event(kind, event);
             }
             "from" if start.is_some() => return Err(refuse("`from` is there twice")),
