@@ -207,6 +207,11 @@ impl Client {
         (self.http.clone(), self.token.clone())
     }
 
+    /// Whether requests carry a token.
+    pub fn has_token(&self) -> bool {
+        self.token.is_some()
+    }
+
     /// Where the node is.
     pub fn url(&self) -> &str {
         &self.base

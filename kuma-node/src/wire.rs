@@ -557,6 +557,9 @@ pub struct HealthBody {
     pub status: String,
     /// Why it is not `ok`.
     pub reasons: Vec<String>,
+    /// Whether other requests need a token: one without would be denied, and every denial is kept in the audit log.
+    #[serde(default)]
+    pub needs_token: bool,
 }
 
 /// An event as a subscription hands it out (`event: event`).

@@ -16,8 +16,9 @@ use crate::{node::Node, wire::HealthBody};
     responses((status = 200, description = "It does", body = HealthBody)),
     security(()),
 )]
-pub(crate) async fn live() -> Response {
-    json(StatusCode::OK, &HealthBody { status: "ok".to_owned(), reasons: Vec::new() })
+pub(crate) async fn live(State(node): State<Arc<Node>>) -> Response {
+    let needs_token = !node.is_open();
+    json(StatusCode::OK, &HealthBody { status: "ok".to_owned(), reasons: Vec::new(), needs_token })
 }
 
 /// Whether requests are taken.
@@ -39,7 +40,8 @@ pub(crate) async fn ready(State(node): State<Arc<Node>>) -> Response {
 
 /// Whether requests are taken, and what is out of use.
 pub(crate) fn readiness(node: &Node) -> (StatusCode, HealthBody) {
-    let body = |status: &str, reasons| HealthBody { status: status.to_owned(), reasons };
+    let needs_token = !node.is_open();
+    let body = |status: &str, reasons| HealthBody { status: status.to_owned(), reasons, needs_token };
     if node.stopping.is_cancelled() {
         return (StatusCode::SERVICE_UNAVAILABLE, body("stopping", vec!["the node is shutting down".to_owned()]));
     }
