@@ -305,11 +305,8 @@ fn table(text: &str, head: &[&str]) -> Vec<Vec<String>> {
         let line = line.strip_prefix('|')?.strip_suffix('|')?.replace("\\|", "\u{1}");
         Some(line.split('|').map(|cell| cell.trim().replace('`', "").replace('\u{1}', "|")).collect())
     };
-    let mut lines = text.lines().skip_while(|line| {
-        cells(line)
-            .is_none_or(|cells| !cells.starts_with(&head.iter().map(|cell| (*cell).to_owned()).collect::<Vec<_>>()))
-    });
-    let rows: Vec<_> = lines.by_ref().skip(2).map_while(cells).collect();
+    let is_head = |line: &&str| cells(line).is_some_and(|cells| head.iter().zip(cells).all(|(a, b)| *a == b));
+    let rows: Vec<_> = text.lines().skip_while(|line| !is_head(line)).skip(2).map_while(cells).collect();
     assert!(!rows.is_empty(), "there is no table {head:?}");
     rows
 }
@@ -443,6 +440,8 @@ async fn the_table_of_routes_is_complete_and_its_scopes_are_asked_for() {
         })
         .collect();
     let node = Node::start(scratch.path(), &["--data".to_owned(), "./data".to_owned()]);
+    // It may be there already.
+    let _ = rustls::crypto::ring::default_provider().install_default();
     let client = reqwest::Client::builder().no_proxy().build().unwrap();
     let ask = async |method: &str, route: &str, token: Option<&str>| {
         let path =
