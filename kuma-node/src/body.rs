@@ -171,7 +171,41 @@ impl<T: DeserializeOwned + Send> FromRequestParts<Arc<Node>> for Query<T> {
         let query = axum::extract::Query::<T>::from_request_parts(parts, node).await;
         query.map(|axum::extract::Query(query)| Query(query)).map_err(|rejection| {
             let cause = std::error::Error::source(&rejection).map(ToString::to_string).unwrap_or_default();
-            Problem::bad("invalid_query_string", format!("the query string: {}", without_values(&cause)))
+            Problem::bad("invalid_query_string", format!("the query string: {}", without_values(behind_path(&cause))))
         })
+    }
+}
+
+/// What is said of a field that is not known, without the name of the field in front of it, which is the caller's.
+fn behind_path(cause: &str) -> &str {
+    cause.find("unknown field `").and_then(|at| cause.get(at..)).unwrap_or(cause)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use axum::http::Uri;
+
+    use super::*;
+
+    #[derive(Debug, serde::Deserialize)]
+    #[serde(deny_unknown_fields)]
+    #[allow(dead_code, reason = "only read")]
+    struct Wanted {
+        version: Option<u64>,
+        at: Option<String>,
+    }
+
+    /// It was told that a value is not of the right type, with the names of fields as what was expected instead.
+    #[test]
+    fn an_unknown_field_of_a_query_is_called_that_and_not_quoted() {
+        let told = |uri: &'static str| {
+            let rejection = axum::extract::Query::<Wanted>::try_from_uri(&Uri::from_static(uri)).unwrap_err();
+            let cause = std::error::Error::source(&rejection).unwrap().to_string();
+            without_values(behind_path(&cause))
+        };
+        assert_eq!(told("/?secret=1"), "a field is not known; expected `version` or `at`");
+        assert_eq!(told("/?version=secret"), "a value is not of the right type");
     }
 }
