@@ -17,6 +17,7 @@ use crate::{
     Entity, EventName,
     body::{join, split},
     kind::{Kind, TypedKind},
+    kind_options::Tuning,
 };
 
 /// Set to `update`, new samples are added to their files instead of failing the test.
@@ -185,7 +186,7 @@ impl Line {
 
 /// What the present code cannot read.
 fn undecodable<E: Entity>(lines: &[Line]) -> Vec<String> {
-    let kind = match TypedKind::<E>::new() {
+    let kind = match TypedKind::<E>::new(Tuning::default()) {
         Ok(kind) => kind,
         Err(refused) => return vec![format!("- {refused}")],
     };

@@ -9,6 +9,7 @@ use crate::{
     Command, Entity, NewEvent,
     body::{EncodedEvents, EventEncoder},
     kind::{Decoded, Kind, State, TypedKind},
+    kind_options::Tuning,
     options::Options,
 };
 
@@ -58,7 +59,7 @@ use crate::{
 /// An event does not survive being stored.
 #[track_caller]
 pub fn given<E: Entity>(events: impl IntoIterator<Item = E::Event>) -> Given<E> {
-    let kind = TypedKind::<E>::new().unwrap_or_else(|refused| panic!("{refused}"));
+    let kind = TypedKind::<E>::new(Tuning::default()).unwrap_or_else(|refused| panic!("{refused}"));
     let state = kind.initial();
     Given { kind, state }.and(events)
 }
