@@ -168,10 +168,48 @@ impl<T: DeserializeOwned + Send> FromRequestParts<Arc<Node>> for Query<T> {
     type Rejection = Problem;
 
     async fn from_request_parts(parts: &mut Parts, node: &Arc<Node>) -> Result<Self, Problem> {
+        if !is_percent_encoded_utf8(parts.uri.query().unwrap_or_default()) {
+            return Err(Problem::bad("invalid_query_string", "the query string is not percent-encoded UTF-8"));
+        }
         let query = axum::extract::Query::<T>::from_request_parts(parts, node).await;
         query.map(|axum::extract::Query(query)| Query(query)).map_err(|rejection| {
             let cause = std::error::Error::source(&rejection).map(ToString::to_string).unwrap_or_default();
             Problem::bad("invalid_query_string", format!("the query string: {}", without_values(&cause)))
         })
+    }
+}
+
+/// Whether a query string is UTF-8 once it is decoded. Whoever reads it would put another character in place of what is not.
+pub(crate) fn is_percent_encoded_utf8(query: &str) -> bool {
+    let digit = |at: usize| query.as_bytes().get(at).and_then(|digit| char::from(*digit).to_digit(16));
+    let (mut decoded, mut at) = (Vec::with_capacity(query.len()), 0);
+    while let Some(byte) = query.as_bytes().get(at) {
+        match (byte, digit(at + 1), digit(at + 2)) {
+            (b'%', Some(high), Some(low)) => {
+                // Two digits are a byte.
+                decoded.push((high << 4 | low) as u8);
+                at += 3;
+            }
+            _ => {
+                decoded.push(*byte);
+                at += 1;
+            }
+        }
+    }
+    std::str::from_utf8(&decoded).is_ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_query_string_that_is_not_utf8_once_decoded_is_told_from_one_that_is() {
+        for query in ["", "a=b", "a=%c3%A9", "a=%", "a=%4", "%zz=%25ff", "a=\u{e9}"] {
+            assert!(is_percent_encoded_utf8(query), "{query}");
+        }
+        for query in ["a=%ff", "%c3%28", "a=%ed%a0%80", "a=%c3"] {
+            assert!(!is_percent_encoded_utf8(query), "{query}");
+        }
     }
 }

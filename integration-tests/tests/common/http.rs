@@ -24,7 +24,7 @@ use tokio::{
 use crate::common::directory;
 
 /// Longer than anything takes.
-pub(crate) const LONG: Duration = Duration::from_secs(60);
+pub(crate) const LONG: Duration = Duration::from_secs(20);
 /// Stands in ids and payloads, and never in a problem.
 pub(crate) const SECRET: &str = "s3cr3t";
 pub(crate) const JSON: (&str, &str) = ("Content-Type", "application/json");
@@ -110,7 +110,12 @@ impl NodeProcess {
         line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() << 10
     }
 
-    /// The most that it ever had.
+    /// From now on the most that it has is noted.
+    pub(crate) fn forget_rss_peak(&self) {
+        std::fs::write(format!("/proc/{}/clear_refs", self.child.id()), "5").unwrap();
+    }
+
+    /// The most that it had.
     pub(crate) fn rss_peak(&self) -> u64 {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
         let line = status.lines().find(|line| line.starts_with("VmHWM:")).expect("the server has died");
@@ -410,7 +415,7 @@ impl Client {
     ) -> impl Future<Output = Answer> + 'a {
         let from = std::panic::Location::caller();
         async move {
-            let sent = self.try_send(method, path, headers, body).await;
+            let sent = soon("an answer", self.try_send(method, path, headers, body)).await;
             sent.unwrap_or_else(|error| panic!("{from}: {method} {path}: {error}"))
         }
     }
