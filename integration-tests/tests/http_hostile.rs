@@ -719,7 +719,7 @@ async fn a_client_that_does_not_read_takes_no_memory() {
             assert_eq!(reader.head().await.unwrap().status, 200);
             held.push((writer, reader));
         }
-        println!("{path} {}", node.rss()/MIB);
+        for _ in 0..10 { tokio::time::sleep(Duration::from_millis(200)).await; println!("{path} {}", node.rss()/MIB); }
     }
     println!("answers that nobody reads: {} MiB", (node.rss() - before) / MIB);
     // Appends whose outcomes nobody takes: the server stops to read them.
