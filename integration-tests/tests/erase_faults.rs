@@ -797,8 +797,8 @@ async fn odd_receipts_and_ids_are_refused_and_harm_nothing() {
         }
         let Ok(odd) = String::from_utf8(bytes) else { continue };
         if let Ok(parsed) = odd.parse::<Receipt>() {
-            // The case of a hex digit is no difference.
-            let same = odd.to_lowercase() == text.to_lowercase() || parsed == receipt;
+            // Neither the case of a hex digit nor space between the fields is a difference.
+            let same = parsed.to_string().to_lowercase() == text.to_lowercase();
             assert!(same || parsed.verify(&kuma.public_key()).is_err(), "{odd}");
         }
     }

@@ -168,6 +168,9 @@ impl<T: DeserializeOwned + Send> FromRequestParts<Arc<Node>> for Query<T> {
     type Rejection = Problem;
 
     async fn from_request_parts(parts: &mut Parts, node: &Arc<Node>) -> Result<Self, Problem> {
+        if !is_percent_encoded_utf8(parts.uri.query().unwrap_or_default()) {
+            return Err(Problem::bad("invalid_query_string", "the query string is not percent-encoded UTF-8"));
+        }
         let query = axum::extract::Query::<T>::from_request_parts(parts, node).await;
         query.map(|axum::extract::Query(query)| Query(query)).map_err(|rejection| {
             let cause = std::error::Error::source(&rejection).map(ToString::to_string).unwrap_or_default();
@@ -179,6 +182,11 @@ impl<T: DeserializeOwned + Send> FromRequestParts<Arc<Node>> for Query<T> {
 /// What is said of a field that is not known, without the name of the field in front of it, which is the caller's.
 fn behind_path(cause: &str) -> &str {
     cause.find("unknown field `").and_then(|at| cause.get(at..)).unwrap_or(cause)
+}
+
+/// Whether a query string is UTF-8 once it is decoded. Whoever reads it would put another character in place of what is not.
+pub(crate) fn is_percent_encoded_utf8(query: &str) -> bool {
+    percent_encoding::percent_decode_str(query).decode_utf8().is_ok()
 }
 
 #[cfg(test)]
@@ -207,5 +215,15 @@ mod tests {
         };
         assert_eq!(told("/?secret=1"), "a field is not known; expected `version` or `at`");
         assert_eq!(told("/?version=secret"), "a value is not of the right type");
+    }
+
+    #[test]
+    fn a_query_string_that_is_not_utf8_once_decoded_is_told_from_one_that_is() {
+        for query in ["", "a=b", "a=%c3%A9", "a=%", "a=%4", "%zz=%25ff", "a=\u{e9}"] {
+            assert!(is_percent_encoded_utf8(query), "{query}");
+        }
+        for query in ["a=%ff", "%c3%28", "a=%ed%a0%80", "a=%c3"] {
+            assert!(!is_percent_encoded_utf8(query), "{query}");
+        }
     }
 }

@@ -25,6 +25,7 @@ use super::{
 };
 use crate::{
     access::{self, May},
+    body::is_percent_encoded_utf8,
     node::Node,
     problem::Problem,
     wire,
@@ -63,7 +64,7 @@ pub(crate) async fn events(
 ) -> Result<Response, Problem> {
     let (filter, from) = parse(query.as_deref().unwrap_or_default())?;
     let start = match headers.get(LAST_EVENT_ID).filter(|id| !id.is_empty()) {
-        Some(id) => Start::Checkpoint(checkpoint(id.to_str().unwrap_or_default())?),
+        Some(id) => Start::Checkpoint(checkpoint(id.to_str().unwrap_or("?"))?),
         None => from,
     };
     let permit = node.subscription()?;
@@ -161,6 +162,9 @@ fn parse(query: &str) -> Result<(Filter, Start), Problem> {
 }
 
 fn serde_urlencoded(query: &str) -> Option<Vec<(String, String)>> {
+    if !is_percent_encoded_utf8(query) {
+        return None;
+    }
     let uri = axum::http::Uri::builder().path_and_query(format!("/?{query}")).build().ok()?;
     axum::extract::Query::try_from_uri(&uri).ok().map(|axum::extract::Query(fields)| fields)
 }
@@ -243,7 +247,7 @@ mod tests {
         assert_eq!(start, Start::Beginning);
         assert_eq!(parse("").unwrap().1, Start::Now);
         assert!(matches!(parse("from=2026-01-31T12:00:00Z").unwrap().1, Start::Time(_)));
-        for query in ["from=x", "from=now&from=now", "event=account", "what=1", "from=25:00"] {
+        for query in ["from=x", "from=now&from=now", "event=account", "what=1", "from=25:00", "kind=%ff"] {
             assert!(parse(query).is_err(), "{query}");
         }
     }
