@@ -30,6 +30,11 @@ fn the_examples_of_the_reference_are_true() {
     run_blocks(HTTP_MD, None);
 }
 
+#[test]
+fn the_first_steps_of_the_readme_are_true() {
+    run_blocks("README.md", Some("## Over HTTP"));
+}
+
 /// Executes the blocks of a document, or of its section with this heading (`## Over HTTP`).
 fn run_blocks(path: &str, heading: Option<&str>) {
     if let Some(why) = why_not() {

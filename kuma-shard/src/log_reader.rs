@@ -15,9 +15,8 @@ use crate::{BadRow, EntityHash, EntityRow, LogRow, ReadError, Shard, log_row};
 /// Rows of one page, at most and at least; as many as made [`PAGE_BYTES`] in the page before.
 const PAGE_ROWS: u32 = 512;
 const PAGE_ROWS_MIN: u32 = 16;
-const PAGE_BYTES: usize = 1 << 20;
-/// The row that exceeds it is the last of its page.
-const PAGE_BYTES_MAX: usize = 4 << 20;
+/// The row that exceeds it is the last of its page. Every subscription has two pages of every shard, whether anybody reads it or not.
+const PAGE_BYTES: usize = 512 << 10;
 /// A larger body is fetched by itself, so that a page of the largest rows is no more than 16 MiB.
 const INLINE_BYTES: u32 = 32 << 10;
 /// Entities that are remembered between two pages.
@@ -98,7 +97,7 @@ impl LogReader {
                 }
             }
             page.last = position;
-            if bytes > PAGE_BYTES_MAX {
+            if bytes > PAGE_BYTES {
                 break;
             }
         }

@@ -24,6 +24,7 @@ async fn main() -> anyhow::Result<()> {
         match name {
             "header_timeout_ms" => config.header_timeout = Duration::from_millis(number as u64),
             "connections_max" => config.connections_max = number,
+            "shards" => config.shards = Some(u16::try_from(number)?),
             "streams_max" => config.streams_max = number,
             "subscriptions_max" => config.subscriptions_max = number,
             "memory_budget" => config.memory_budget = number,
