@@ -348,7 +348,7 @@ fn files_of_projections_are_taken_over_while_the_node_runs() {
     node.json(&["projections", "resume", "balances"]);
     node.json(&["projections", "rebuild", "balances"]);
     query("balances", "SELECT amount FROM balance WHERE account = 'a' -- rebuilt", json!([{"amount": 8}]));
-    assert_eq!(node.json(&["projections", "show", "balances"])["name"], "balances");
+    assert_eq!(node.json(&["projections", "show", "balances"])["projection"]["name"], "balances");
     assert!(node.text(&["projections", "show", "balances"]).contains("balances"));
     let (code, told) = node.failure(&["projections", "query", "balances", "DELETE FROM balance"]);
     assert!(code == 1, "{told}");
