@@ -17,11 +17,15 @@ use serde::Serialize;
 
 use crate::{
     Common,
+    dawdle::Dawdlers,
     frame::{Figures, Frame},
     progress::Progress,
     store,
     usage::Machine,
 };
+
+/// Connections of the measurement beside dawdlers: so few that nobody waits for the processor.
+const FEW: usize = 4;
 
 #[derive(Clone, Debug, clap::Args, Serialize)]
 pub(crate) struct HttpArgs {
@@ -46,6 +50,9 @@ pub(crate) struct HttpArgs {
     /// Appends on their way of each stream
     #[arg(long, default_value_t = 4096, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     in_flight: u32,
+    /// Connections that never finish their requests, beside which a few clients are measured
+    #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u32).range(0..=10_000))]
+    dawdlers: u32,
     /// JSON instead of MessagePack
     #[arg(long)]
     json_bodies: bool,
@@ -169,9 +176,42 @@ async fn one_run(args: &HttpArgs, base: &Path, progress: &Arc<Progress>) -> Resu
     measure(&names!("batch100"), batch100, args, base, progress, &mut figures).await?;
     let batch1 = Load { connections: args.connections as usize, ..load.clone() };
     measure(&names!("batch1"), batch1, args, base, progress, &mut figures).await?;
-    let stream = Load { connections: args.streams as usize, in_flight: Some(args.in_flight as usize), ..load };
+    let stream = Load { connections: args.streams as usize, in_flight: Some(args.in_flight as usize), ..load.clone() };
     measure(&names!("stream_batch1"), stream, args, base, progress, &mut figures).await?;
+    if args.dawdlers > 0 {
+        let few = Load { connections: FEW, ..load };
+        beside_dawdlers(few, args, base, progress, &mut figures).await?;
+    }
     Ok(figures)
+}
+
+/// What a few clients see, alone and then beside connections that never finish their requests.
+async fn beside_dawdlers(
+    load: Load,
+    args: &HttpArgs,
+    base: &Path,
+    progress: &Arc<Progress>,
+    figures: &mut Figures,
+) -> Result<()> {
+    let directory = store::temporary(base)?;
+    let served = Served::start(&directory.path().join("store"), args.common.shards)?;
+    progress.phase("few: warm up", 0);
+    sent(load.clone(), &served.url, progress).await?;
+    progress.phase("few alone", 0);
+    let alone = sent(load.clone(), &served.url, progress).await?;
+    progress.phase("few beside dawdlers", 0);
+    let dawdlers = Dawdlers::start(&served.url, args.dawdlers).await?;
+    let beside = sent(load, &served.url, progress).await?;
+    drop(dawdlers);
+    for report in [&alone, &beside] {
+        ensure!(report.failures == 0, "{} of {} appends failed: {:?}", report.failures, report.appends, report.failure);
+    }
+    figures.push("few_p50_ms", alone.p50_ms);
+    figures.push("few_p99_ms", alone.p99_ms);
+    figures.push("few_beside_dawdlers_p50_ms", beside.p50_ms);
+    figures.push("few_beside_dawdlers_p99_ms", beside.p99_ms);
+    figures.push("few_beside_dawdlers_p99_ratio", beside.p99_ms / alone.p99_ms.max(f64::MIN_POSITIVE));
+    served.stop().await
 }
 
 /// A load against a store of its own. What it brings into memory is there when it begins.

@@ -3,6 +3,7 @@
 //! `kuma-bench <command> --help` says what a command measures; the figures and the JSON frame are described in `frame`.
 
 mod activate;
+mod dawdle;
 mod erase;
 mod frame;
 mod http;
@@ -111,6 +112,9 @@ enum Command {
     /// requests of 100 events, as MessagePack; batch1_*: of 1 event, over as many connections as there are callers; stream_batch1_*: appends of 1
     /// event through the stream /v1/append, each with its idempotency key. Times of acknowledgement run from before a request (or message) is sent
     /// until its answer is there. server_cpu_us_per_event is what the server's process took, without the client's.
+    ///
+    /// few_* are 4 connections with appends of 1 event, alone; few_beside_dawdlers_* the same beside connections that send a byte of a head now
+    /// and then and never its end. few_beside_dawdlers_p99_ratio is the one p99 by the other.
     Http(http::HttpArgs),
     /// The server of `http`.
     #[command(hide = true)]
