@@ -44,10 +44,15 @@ struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
 struct JsonEvent<'a> {
     #[serde(rename = "type", borrow)]
     name: Text<'a>,
-    #[serde(borrow, default)]
+    #[serde(borrow, default, deserialize_with = "present")]
     data: Option<&'a RawValue>,
     #[serde(default)]
     schema: Option<u32>,
+}
+
+/// `null` is a value, which is not to be taken for none.
+fn present<'a, D: serde::Deserializer<'a>>(from: D) -> Result<Option<&'a RawValue>, D::Error> {
+    <&RawValue>::deserialize(from).map(Some)
 }
 
 /// Events, or the fields of a single one.
@@ -66,7 +71,7 @@ struct JsonAppend<'a> {
     metadata: Option<MetadataBody>,
     #[serde(rename = "type", borrow)]
     name: Option<Text<'a>>,
-    #[serde(borrow)]
+    #[serde(borrow, default, deserialize_with = "present")]
     data: Option<&'a RawValue>,
     schema: Option<u32>,
 }
@@ -211,9 +216,9 @@ impl<'a> Single<'a> {
     }
 
     fn finish(self) -> Result<NewEvent, Problem> {
-        const NIL: &[u8] = &[0xc0];
+        const EMPTY_MAP: &[u8] = &[0x80];
         let name = self.name.ok_or_else(|| invalid("an event has no \"type\""))?;
-        let event = NewEvent::message_pack(name, self.data.unwrap_or(NIL).to_vec());
+        let event = NewEvent::message_pack(name, self.data.unwrap_or(EMPTY_MAP).to_vec());
         Ok(event.schema(self.schema.unwrap_or(1)))
     }
 }
@@ -266,8 +271,8 @@ fn packed_metadata(reader: &mut Reader<'_>) -> Result<Metadata, Problem> {
 
 fn event(event: JsonEvent<'_>) -> Result<NewEvent, Problem> {
     let Text(name) = event.name;
-    // `null` is a value here: the data of an event that has none.
-    let new = NewEvent::json_text(name, event.data.map_or("null", RawValue::get))?;
+    // An event without data changes nothing. `null` would replace the whole state.
+    let new = NewEvent::json_text(name, event.data.map_or("{}", RawValue::get))?;
     Ok(new.schema(event.schema.unwrap_or(1)))
 }
 
@@ -354,6 +359,21 @@ mod tests {
             let of_pack = Append::parse(Encoding::MessagePack, &bytes).unwrap();
             assert_eq!(of_json.events, of_pack.events);
             assert_eq!((of_json.expected, of_json.metadata), (of_pack.expected, of_pack.metadata));
+        }
+    }
+
+    #[test]
+    fn an_event_without_data_has_an_empty_object_and_null_stays_null() {
+        for (body, data) in [
+            (json!({"type": "A"}), json!({})),
+            (json!({"type": "A", "data": null}), Value::Null),
+            (json!({"events": [{"type": "A"}]}), json!({})),
+            (json!({"events": [{"type": "A", "data": null}]}), Value::Null),
+        ] {
+            let (text, bytes) = (body.to_string(), packed(&body));
+            let expected = vec![NewEvent::json("A", &data).unwrap()];
+            assert_eq!(Append::parse(Encoding::Json, text.as_bytes()).unwrap().events, expected, "{text}");
+            assert_eq!(Append::parse(Encoding::MessagePack, &bytes).unwrap().events, expected, "{text}");
         }
     }
 

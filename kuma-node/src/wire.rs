@@ -15,14 +15,19 @@ pub struct NewEventBody {
     #[serde(rename = "type")]
     #[schema(min_length = 1, max_length = 128, example = "Deposited")]
     pub name: String,
-    /// Any JSON value. By default it is merged into the entity's state (RFC 7396). Integers have at most 64 bits.
-    #[serde(default, skip_serializing_if = "Value::is_null")]
+    /// Any JSON value. By default it is merged into the entity's state (RFC 7396); without data an event changes nothing, as with `{}`. Integers
+    /// have at most 64 bits.
+    #[serde(default = "no_data")]
     #[schema(value_type = Object, nullable = true)]
     pub data: Value,
     /// The version of the data's shape.
     #[serde(default = "one", skip_serializing_if = "is_one")]
     #[schema(default = 1)]
     pub schema: u32,
+}
+
+fn no_data() -> Value {
+    Value::Object(serde_json::Map::new())
 }
 
 fn one() -> u32 {
