@@ -2,7 +2,7 @@
 
 use std::{io::IsTerminal, process::ExitCode};
 
-use super::token::{print, table};
+use super::{table::Table, token::print};
 use crate::config::{Loaded, StartArguments, load};
 
 /// Prints each setting as a server started with the same flags, environment and file would have it, and where it comes from.
@@ -31,8 +31,9 @@ fn show(loaded: &Loaded, json: bool, is_terminal: bool) -> anyhow::Result<String
     if json {
         return Ok(serde_json::to_string_pretty(loaded)? + "\n");
     }
-    let rows = loaded.rows().into_iter().map(Vec::from).collect();
-    Ok(table(&["setting", "value", "from"], rows, is_terminal))
+    let mut table = Table::new(["setting", "value", "from"]);
+    loaded.rows().into_iter().for_each(|row| table.row(row));
+    Ok(table.render(is_terminal))
 }
 
 #[cfg(test)]

@@ -7,10 +7,10 @@ use std::{
     time::Duration,
 };
 
-use comfy_table::{Table, presets};
 use jiff::Timestamp;
 use serde::Serialize;
 
+use super::table::Table;
 use crate::{
     config::{StartArguments, load},
     tokens::{Scope, Secret, Token, TokenFile},
@@ -169,12 +169,11 @@ fn list(file: &TokenFile, json: bool, is_terminal: bool) -> anyhow::Result<Done>
         (true, true) => notes.push("There is no token: the node lets nobody in.".to_owned()),
         (true, false) => (),
     }
-    let row = |token: &Token| {
-        vec![token.id.clone(), token.name.clone(), scopes(token), token.created_at.to_string(), expiry(token)]
-    };
-    let rows = content.tokens.iter().map(|token| row(token)).collect();
-    let output = table(&["id", "name", "scopes", "created", "expires"], rows, is_terminal);
-    Ok(Done { output: output.into(), notes })
+    let mut table = Table::new(["id", "name", "scopes", "created", "expires"]);
+    for token in &content.tokens {
+        table.row([token.id.clone(), token.name.clone(), scopes(token), token.created_at.to_string(), expiry(token)]);
+    }
+    Ok(Done { output: table.render(is_terminal).into(), notes })
 }
 
 impl RevokeArguments {
@@ -206,20 +205,9 @@ fn expiry(token: &Token) -> String {
     }
 }
 
-/// A table for people; for programs lines with tabs.
-pub(super) fn table(header: &[&str], rows: Vec<Vec<String>>, is_terminal: bool) -> String {
-    if is_terminal {
-        let mut table = Table::new();
-        table.load_style(presets::UTF8_FULL_CONDENSED).set_header(header.to_vec()).add_rows(rows);
-        return format!("{table}\n");
-    }
-    let rows = rows.into_iter().map(|row| row.join("\t"));
-    std::iter::once(header.join("\t")).chain(rows).map(|line| line + "\n").collect()
-}
-
 /// To standard output, which somebody may have closed.
 pub(super) fn print(text: &str) -> io::Result<()> {
-    let mut output = io::stdout().lock();
+    let mut output = anstream::stdout().lock();
     output.write_all(text.as_bytes())?;
     output.flush()
 }
@@ -290,13 +278,5 @@ mod tests {
         assert!(failed("create --name app --scopes read --expires soon").contains("--expires"));
         assert!(failed("revoke app").contains("no token with this id or name"));
         assert!(run(&dir, "list", false).unwrap().notes[0].contains("There is no"));
-    }
-
-    #[test]
-    fn a_table_is_for_people_and_tabs_are_for_programs() {
-        let rows = || vec![vec!["a".to_owned(), "b c".to_owned()]];
-        assert_eq!(table(&["one", "two"], rows(), false), "one\ttwo\na\tb c\n");
-        let drawn = table(&["one", "two"], rows(), true);
-        assert!(drawn.contains("b c") && drawn.lines().count() > 3 && !drawn.contains('\t'), "{drawn}");
     }
 }
