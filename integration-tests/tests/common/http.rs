@@ -6,6 +6,7 @@ use std::{
     net::SocketAddr,
     path::Path,
     process::{Child, Command, Stdio},
+    sync::Arc,
     time::Duration,
 };
 
@@ -76,12 +77,15 @@ impl Node {
 pub(crate) struct NodeProcess {
     child: Child,
     pub(crate) address: SocketAddr,
-    _dir: TempDir,
+    dir: Arc<TempDir>,
 }
 
 impl NodeProcess {
     pub(crate) async fn start(arguments: &[&str]) -> NodeProcess {
-        let dir = directory();
+        NodeProcess::in_directory(Arc::new(directory()), arguments).await
+    }
+
+    pub(crate) async fn in_directory(dir: Arc<TempDir>, arguments: &[&str]) -> NodeProcess {
         let mut child = Command::new(env!("CARGO_BIN_EXE_node_child"))
             .arg(dir.path())
             .args(arguments)
@@ -96,11 +100,18 @@ impl NodeProcess {
             line
         });
         let address = soon("the server starts", line).await.unwrap().trim().parse().unwrap();
-        NodeProcess { child, address, _dir: dir }
+        NodeProcess { child, address, dir }
     }
 
     pub(crate) fn client(&self) -> Client {
         Client::new(self.address)
+    }
+
+    /// Kills it without a warning; its directory stays.
+    pub(crate) fn kill(self) -> Arc<TempDir> {
+        let dir = self.dir.clone();
+        drop(self);
+        dir
     }
 
     /// Bytes of memory that it has.
