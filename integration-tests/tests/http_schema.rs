@@ -37,7 +37,7 @@ INSERT INTO balance (id, amount) VALUES (:entity, 1) ON CONFLICT (id) DO UPDATE 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_node_answers_as_its_openapi_document_says_whatever_it_is_asked() {
     let Some(program) = schemathesis() else { return };
-    let thorough = ["--max-examples", "60", "--continue-on-failure"];
+    let thorough = ["--max-examples", "30", "--continue-on-failure"];
     let node = node(None).await;
     fill(&node).await;
     run(&program, &node, &thorough).await;
@@ -49,7 +49,7 @@ async fn a_node_answers_as_its_openapi_document_says_whatever_it_is_asked() {
     let authorization = format!("Authorization: Bearer {}", token.expose());
     let node = self::node(Some(tokens.path())).await;
     // Each denial waits to be in the audit log, which takes a second: many at once.
-    let closed = ["--header", &authorization, "--phases", "examples,fuzzing", "--max-examples", "5", "--workers", "8"];
+    let closed = ["--header", &authorization, "--phases", "examples,fuzzing", "--max-examples", "3", "--workers", "8"];
     run(&program, &node, &closed).await;
     node.stop().await;
 }

@@ -187,6 +187,31 @@ impl PartialSchema for SubscribeFrom {
 
 impl ToSchema for SubscribeFrom {}
 
+/// A server-sent event of a subscription.
+#[derive(ToSchema)]
+pub(crate) struct SubscribedMessage {
+    /// The checkpoint behind it.
+    id: String,
+    /// What it is.
+    event: SubscribedWhat,
+    /// JSON: a `SubscribedEvent`, `SubscribedErasure` or `SubscribedDamage`.
+    data: String,
+    /// After how many milliseconds a client that was cut off comes back; only at the beginning.
+    retry: Option<u64>,
+}
+
+/// What a subscription tells.
+#[derive(ToSchema)]
+#[schema(rename_all = "lowercase")]
+pub(crate) enum SubscribedWhat {
+    /// An event.
+    Event,
+    /// That an entity was erased.
+    Erased,
+    /// That a commit cannot be read.
+    Unreadable,
+}
+
 /// A kind and the name of an event.
 pub(crate) struct EventName;
 
