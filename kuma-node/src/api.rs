@@ -2,6 +2,7 @@
 
 mod admin;
 mod append_stream;
+pub(crate) mod document;
 pub(crate) mod entities;
 mod erasure;
 mod export;
@@ -15,16 +16,17 @@ use std::{collections::BTreeMap, sync::Arc, time::SystemTime};
 
 use axum::{
     Json, Router,
+    extract::State,
     http::{StatusCode, Uri, header},
     response::{IntoResponse, Response},
     routing::get,
 };
 use serde::Deserialize;
 use utoipa::{
-    IntoParams, OpenApi, PartialSchema, ToSchema,
+    IntoParams, OpenApi,
     openapi::{
         Components, ContentBuilder, Ref, RefOr, ResponseBuilder,
-        security::{Http, HttpAuthScheme, SecurityScheme},
+        security::{Http, HttpAuthScheme, SecurityRequirement, SecurityScheme},
     },
 };
 use utoipa_axum::{router::OpenApiRouter, routes};
@@ -38,7 +40,7 @@ use crate::{node::Node, problem::Problem, wire};
         description = "An entity-native event store: append, read, travel in time, subscribe, erase. Errors are problems (RFC 9457) that say whether the same request can be sent again. See docs/http.md.",
         license(name = "MIT OR Apache-2.0", identifier = "MIT OR Apache-2.0"),
     ),
-    components(schemas(wire::Problem, wire::StreamedAppend, wire::StreamedOutcome, wire::SubscribedEvent, wire::SubscribedErasure, wire::SubscribedDamage)),
+    components(schemas(wire::Problem, document::SubscribeFrom, document::EventName, wire::StreamedAppend, wire::StreamedOutcome, wire::SubscribedEvent, wire::SubscribedErasure, wire::SubscribedDamage)),
     tags(
         (name = "entities", description = "Events and states of entities"),
         (name = "erasure", description = "Erasing entities, and the receipts of it"),
@@ -46,7 +48,7 @@ use crate::{node::Node, problem::Problem, wire};
         (name = "projections", description = "SQL read models"),
         (name = "operation", description = "The node itself"),
     ),
-    security(("token" = []), ()),
+    security(()),
 )]
 struct Document;
 
@@ -65,8 +67,8 @@ impl utoipa::IntoResponses for Problems {
     }
 }
 
-/// The routes, and the document of them.
-pub(crate) fn router() -> (Router<Arc<Node>>, utoipa::openapi::OpenApi) {
+/// The routes, and the document of them as one of them.
+pub(crate) fn router() -> Router<Arc<Node>> {
     let (router, mut document) = OpenApiRouter::with_openapi(Document::openapi())
         .routes(routes!(entities::append))
         .routes(routes!(entities::state, erasure::erase))
@@ -100,14 +102,11 @@ pub(crate) fn router() -> (Router<Arc<Node>>, utoipa::openapi::OpenApi) {
     let components = document.components.get_or_insert_with(Components::default);
     let bearer = SecurityScheme::Http(Http::new(HttpAuthScheme::Bearer));
     components.security_schemes.insert("token".to_owned(), bearer.into());
-    let text = serde_json::to_string_pretty(&document).unwrap_or_default();
-    let served = move || {
-        let text = text.clone();
-        async move { ([(header::CONTENT_TYPE, "application/json")], text) }
-    };
-    let router =
-        router.route("/openapi.json", get(served)).fallback(not_found).method_not_allowed_fallback(method_not_allowed);
-    (router, document)
+    let open = document::text(&document);
+    document.security = Some(vec![SecurityRequirement::new("token", [""; 0])]);
+    let with_tokens = document::text(&document);
+    let served = async move |State(node): State<Arc<Node>>| json_text(if node.is_open() { open } else { with_tokens });
+    router.route("/openapi.json", get(served)).fallback(not_found).method_not_allowed_fallback(method_not_allowed)
 }
 
 async fn not_found(uri: Uri) -> Problem {
@@ -166,20 +165,6 @@ pub(crate) fn check_kind(kind: &str) -> Result<(), Problem> {
         )),
     }
 }
-
-/// Any JSON value, for the document.
-pub(crate) struct AnyJson;
-
-impl PartialSchema for AnyJson {
-    fn schema() -> RefOr<utoipa::openapi::schema::Schema> {
-        utoipa::openapi::schema::Object::builder()
-            .schema_type(utoipa::openapi::schema::SchemaType::AnyValue)
-            .build()
-            .into()
-    }
-}
-
-impl ToSchema for AnyJson {}
 
 /// A time as it is written everywhere: RFC 3339 in UTC, to the microsecond.
 pub(crate) fn time_text(at: SystemTime) -> String {

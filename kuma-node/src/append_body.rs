@@ -12,7 +12,9 @@ use serde_json::value::RawValue;
 
 use crate::{
     msgpack::{Malformed, Reader},
+    named::Named,
     problem::Problem,
+    whole_number,
     wire::MetadataBody,
 };
 
@@ -46,7 +48,7 @@ struct JsonEvent<'a> {
     name: Text<'a>,
     #[serde(borrow, default, deserialize_with = "present")]
     data: Option<&'a RawValue>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "whole_number::optional")]
     schema: Option<u32>,
 }
 
@@ -66,13 +68,15 @@ struct JsonAppend<'a> {
     #[serde(borrow)]
     key: Option<Text<'a>>,
     #[serde(borrow)]
-    events: Option<Vec<JsonEvent<'a>>>,
+    events: Option<Vec<Named<JsonEvent<'a>>>>,
+    #[serde(default, deserialize_with = "whole_number::optional")]
     expected_version: Option<u64>,
-    metadata: Option<MetadataBody>,
+    metadata: Option<Named<MetadataBody>>,
     #[serde(rename = "type", borrow)]
     name: Option<Text<'a>>,
     #[serde(borrow, default, deserialize_with = "present")]
     data: Option<&'a RawValue>,
+    #[serde(default, deserialize_with = "whole_number::optional")]
     schema: Option<u32>,
 }
 
@@ -118,11 +122,11 @@ impl<'a> Append<'a> {
         let text = std::str::from_utf8(body).map_err(|error| {
             Problem::bad("invalid_body", format!("the body is not UTF-8 at byte {}", error.valid_up_to()))
         })?;
-        let append: JsonAppend<'a> = serde_json::from_str(text).map_err(|error| unread(&error))?;
+        let Named(append): Named<JsonAppend<'a>> = serde_json::from_str(text).map_err(|error| unread(&error))?;
         let is_single = append.name.is_some() || append.data.is_some() || append.schema.is_some();
         let events = match (append.events, append.name) {
             (Some(_), _) if is_single => return Err(both()),
-            (Some(events), _) => events.into_iter().map(event).collect::<Result<_, _>>()?,
+            (Some(events), _) => events.into_iter().map(|Named(one)| event(one)).collect::<Result<_, _>>()?,
             (None, Some(name)) => {
                 if append.expected_version.is_some() || append.metadata.is_some() {
                     return Err(beside_single());
@@ -138,7 +142,7 @@ impl<'a> Append<'a> {
             key: text(append.key),
             events,
             expected: append.expected_version.map(Version),
-            metadata: append.metadata.map(metadata),
+            metadata: append.metadata.map(|Named(body)| metadata(body)),
         })
     }
 
@@ -202,6 +206,7 @@ impl<'a> Single<'a> {
         match field {
             "type" => self.name = Some(reader.text()?),
             "data" => self.data = Some(reader.data()?),
+            "schema" if reader.nil() => {}
             "schema" => {
                 self.schema =
                     Some(reader.unsigned()?.try_into().map_err(|_| invalid("\"schema\" has more than 32 bits"))?)
@@ -253,8 +258,8 @@ fn packed_metadata(reader: &mut Reader<'_>) -> Result<Metadata, Problem> {
         let field = reader.text()?;
         seen.once(field)?;
         match field {
-            "correlation" => metadata.correlation = Some(reader.text()?.to_owned()),
-            "causation" => metadata.causation = Some(reader.text()?.to_owned()),
+            "correlation" => metadata.correlation = if reader.nil() { None } else { Some(reader.text()?.to_owned()) },
+            "causation" => metadata.causation = if reader.nil() { None } else { Some(reader.text()?.to_owned()) },
             "headers" => {
                 for _ in 0..reader.array()? {
                     if reader.array()? != 2 {

@@ -18,6 +18,7 @@ use tokio::{sync::OwnedSemaphorePermit, time::timeout};
 
 use crate::{
     append_body::{Encoding, unread, without_values},
+    named::Named,
     node::{BODY_UNIT, Node},
     problem::Problem,
 };
@@ -130,7 +131,7 @@ pub(crate) fn encoding(headers: &HeaderMap, allowed: &[(&str, Encoding)]) -> Res
     })
 }
 
-/// A JSON body.
+/// A JSON body, which is an object.
 pub(crate) struct JsonBody<T>(pub(crate) T);
 
 impl<T: DeserializeOwned> FromRequest<Arc<Node>> for JsonBody<T> {
@@ -143,7 +144,7 @@ impl<T: DeserializeOwned> FromRequest<Arc<Node>> for JsonBody<T> {
         if let Err(error) = std::str::from_utf8(&whole.bytes) {
             return Err(Problem::bad("invalid_body", format!("the body is not UTF-8 at byte {}", error.valid_up_to())));
         }
-        serde_json::from_slice(&whole.bytes).map(JsonBody).map_err(|error| unread(&error))
+        serde_json::from_slice(&whole.bytes).map(|Named(body)| JsonBody(body)).map_err(|error| unread(&error))
     }
 }
 

@@ -27,6 +27,7 @@ mod guard;
 mod listen;
 pub mod load;
 mod msgpack;
+mod named;
 mod node;
 mod problem;
 pub mod process;
@@ -34,6 +35,7 @@ mod projection_files;
 mod server;
 pub mod tls;
 pub mod tokens;
+mod whole_number;
 pub mod wire;
 
 pub use client::{Client, ClientError, ClientOptions};

@@ -314,6 +314,8 @@ impl From<ImportError> for Problem {
             ImportProblem::Read(_) => problem(StatusCode::BAD_REQUEST, "cut_off").retry_safe(true),
             ImportProblem::Unreadable { .. } => Problem::unavailable("unreadable", detail),
             ImportProblem::WrongVersion { .. } => problem(StatusCode::PRECONDITION_FAILED, "wrong_version"),
+            ImportProblem::Refused(Refused::Erased { .. }) => problem(StatusCode::GONE, "erased"),
+            ImportProblem::Refused(Refused::ReservedKind { .. }) => problem(StatusCode::FORBIDDEN, "reserved_kind"),
             ImportProblem::KeyReused { .. } => problem(StatusCode::UNPROCESSABLE_ENTITY, "key_reused"),
             _ => problem(StatusCode::UNPROCESSABLE_ENTITY, "invalid_line"),
         }

@@ -220,8 +220,8 @@ async fn serve(
         .max_header_list_size(u32::try_from(config.header_bytes_max).unwrap_or(u32::MAX))
         .keep_alive_interval(Some(Duration::from_secs(20)))
         .keep_alive_timeout(Duration::from_secs(20));
-    let (router, _) = api::router();
-    let router: Router = router.layer(middleware::from_fn_with_state(node.clone(), guard)).with_state(node.clone());
+    let router: Router =
+        api::router().layer(middleware::from_fn_with_state(node.clone(), guard)).with_state(node.clone());
     let service = router.into_make_service();
     match tls {
         None => server.acceptor(gate).serve(service).await,

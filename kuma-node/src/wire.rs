@@ -7,6 +7,11 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use utoipa::ToSchema;
 
+use crate::{
+    api::document::{pairs, query_parameters},
+    whole_number,
+};
+
 /// An event that is to be appended.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -18,11 +23,11 @@ pub struct NewEventBody {
     /// Any JSON value. By default it is merged into the entity's state (RFC 7396); without data an event changes nothing, as with `{}`. Integers
     /// have at most 64 bits.
     #[serde(default = "no_data")]
-    #[schema(value_type = Object, nullable = true)]
+    #[schema(value_type = Value, required = false)]
     pub data: Value,
     /// The version of the data's shape.
-    #[serde(default = "one", skip_serializing_if = "is_one")]
-    #[schema(default = 1)]
+    #[serde(default = "one", deserialize_with = "whole_number::required", skip_serializing_if = "is_one")]
+    #[schema(value_type = Option<u32>, default = 1)]
     pub schema: u32,
 }
 
@@ -50,6 +55,7 @@ pub struct MetadataBody {
     pub causation: Option<String>,
     /// Anything else: pairs of name and value.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schema(schema_with = pairs)]
     pub headers: Vec<(String, String)>,
 }
 
@@ -61,7 +67,7 @@ pub struct AppendBody {
     #[schema(min_items = 1, max_items = 4096)]
     pub events: Vec<NewEventBody>,
     /// The append is refused unless the entity is at this version; 0 for one that has no events. The same as the header `If-Match`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "whole_number::optional", skip_serializing_if = "Option::is_none")]
     pub expected_version: Option<u64>,
     /// Kept beside the events.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -73,18 +79,19 @@ pub struct AppendBody {
 #[serde(deny_unknown_fields)]
 pub struct StreamedAppend {
     /// The kind of the entity.
-    #[schema(example = "account")]
+    #[schema(pattern = "^[A-Za-z][A-Za-z0-9_.-]{0,63}$", example = "account")]
     pub kind: String,
-    /// Its id.
-    #[schema(example = "acc_001")]
+    /// Its id, 1 to 512 bytes.
+    #[schema(min_length = 1, max_length = 512, example = "acc_001")]
     pub id: String,
     /// The idempotency key, unique within the entity: sent again, it happens once. 1 to 256 bytes.
     #[schema(min_length = 1, max_length = 256)]
     pub key: String,
     /// The events, all of them or none.
+    #[schema(min_items = 1, max_items = 4096)]
     pub events: Vec<NewEventBody>,
     /// The append is refused unless the entity is at this version.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "whole_number::optional", skip_serializing_if = "Option::is_none")]
     pub expected_version: Option<u64>,
     /// Kept beside the events.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -220,6 +227,7 @@ pub struct ReasonBody {
     pub reason: String,
     /// On whose behalf. The name of the token is noted by itself.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(min_length = 1, max_length = 512)]
     pub by: Option<String>,
 }
 
@@ -228,12 +236,14 @@ pub struct ReasonBody {
 #[serde(deny_unknown_fields)]
 pub struct RestoreToBody {
     /// The version, which must be the last one of a commit.
+    #[serde(deserialize_with = "whole_number::required")]
     pub version: u64,
     /// Why.
     #[schema(min_length = 1, max_length = 1024)]
     pub reason: String,
     /// On whose behalf.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(min_length = 1, max_length = 512)]
     pub by: Option<String>,
 }
 
@@ -347,14 +357,14 @@ pub struct RefusedFile {
 #[serde(deny_unknown_fields)]
 pub struct QueryBody {
     /// One `SELECT`.
-    #[schema(example = "SELECT * FROM balance WHERE amount > :least")]
+    #[schema(min_length = 1, example = "SELECT * FROM balance WHERE amount > :least")]
     pub sql: String,
     /// Values of `?`: a list; or of `:name`: an object. Null, booleans, numbers and text.
     #[serde(default, skip_serializing_if = "Value::is_null")]
-    #[schema(value_type = Object, nullable = true)]
+    #[schema(schema_with = query_parameters)]
     pub parameters: Value,
     /// The most rows that are wanted. Default and limit: 10,000.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "whole_number::optional", skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 1, maximum = 10000)]
     pub rows_max: Option<u32>,
 }

@@ -13,7 +13,9 @@ use serde::Deserialize;
 use utoipa::{IntoParams, ToSchema};
 
 use super::{
-    Problems, health,
+    Problems,
+    document::{BackupLines, VerifyLines},
+    health,
     history::{EventHead, write_event},
     json, json_text, time_text, work,
 };
@@ -129,7 +131,7 @@ pub(crate) async fn status(State(node): State<Arc<Node>>, _may: May<access::AnyT
     operation_id = "verify",
     tag = "operation",
     responses(
-        (status = 200, description = "`{\"progress\": ...}` now and then, `{\"done\": ...}` or `{\"problem\": ...}` at the end", body = wire::WorkLine<wire::VerifyProgressBody, wire::VerificationBody>, content_type = "application/x-ndjson"),
+        (status = 200, description = "`{\"progress\": ...}` now and then, `{\"done\": ...}` or `{\"problem\": ...}` at the end", body = VerifyLines, content_type = "application/x-ndjson"),
         Problems,
     ),
 )]
@@ -201,7 +203,7 @@ pub(crate) struct BackupQuery {
         BackupQuery,
     ),
     responses(
-        (status = 200, description = "`{\"progress\": ...}` now and then, `{\"done\": ...}` or `{\"problem\": ...}` at the end", body = wire::WorkLine<wire::BackupProgressBody, wire::BackupReportBody>, content_type = "application/x-ndjson"),
+        (status = 200, description = "`{\"progress\": ...}` now and then, `{\"done\": ...}` or `{\"problem\": ...}` at the end", body = BackupLines, content_type = "application/x-ndjson"),
         Problems,
     ),
 )]

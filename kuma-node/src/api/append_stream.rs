@@ -64,11 +64,11 @@ const IDLE: Duration = Duration::from_secs(600);
     operation_id = "append_stream",
     tag = "streams",
     request_body(
-        content((String = "application/x-ndjson"), (Vec<u8> = "application/msgpack")),
+        content((Vec<wire::StreamedAppend> = "application/x-ndjson"), (Vec<wire::StreamedAppend> = "application/msgpack")),
         description = "`StreamedAppend`, one after the other",
     ),
     responses(
-        (status = 200, description = "`StreamedOutcome`, one after the other", content((String = "application/x-ndjson"), (Vec<u8> = "application/msgpack"))),
+        (status = 200, description = "`StreamedOutcome`, one after the other", content((Vec<wire::StreamedOutcome> = "application/x-ndjson"), (Vec<wire::StreamedOutcome> = "application/msgpack"))),
         Problems,
     ),
 )]

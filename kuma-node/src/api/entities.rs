@@ -50,12 +50,12 @@ pub(crate) enum AppendRequest {
     tag = "entities",
     params(
         EntityPath,
-        ("Idempotency-Key" = Option<String>, Header, description = "Unique within the entity, 1 to 256 bytes"),
-        ("If-Match" = Option<String>, Header, description = "The version that the entity must be at, in quotes: `\"7\"`"),
-        ("If-None-Match" = Option<String>, Header, description = "`*`: the entity must not have events yet"),
+        ("Idempotency-Key" = Option<String>, Header, description = "Unique within the entity, 1 to 256 bytes", min_length = 1, max_length = 256),
+        ("If-Match" = Option<String>, Header, description = "The version that the entity must be at, in quotes: `\"7\"`", pattern = "^(\"[0-9]{1,19}\"|[0-9]{1,19})$"),
+        ("If-None-Match" = Option<String>, Header, description = "`*`: the entity must not have events yet", pattern = "^\\*$"),
     ),
     request_body(content((AppendRequest = "application/json"), (AppendRequest = "application/msgpack"))),
-    responses((status = 201, description = "Appended, now or before under the same key", body = wire::Appended), Problems),
+    responses((status = 201, description = "Appended, now or before under the same key", body = wire::Appended, headers(("ETag" = String, description = "The version, in quotes"))), Problems),
 )]
 pub(crate) async fn append(
     State(node): State<Arc<Node>>,
@@ -146,6 +146,7 @@ pub(crate) struct StateQuery {
     /// The state when the entity had so many events.
     version: Option<u64>,
     /// The state at this time, RFC 3339.
+    #[param(format = DateTime)]
     at: Option<String>,
 }
 
@@ -158,7 +159,7 @@ pub(crate) struct StateQuery {
     operation_id = "read",
     tag = "entities",
     params(EntityPath, StateQuery),
-    responses((status = 200, description = "The state", body = wire::EntityState), Problems),
+    responses((status = 200, description = "The state", body = wire::EntityState, headers(("ETag" = String, description = "The version, in quotes"))), Problems),
 )]
 pub(crate) async fn state(
     State(node): State<Arc<Node>>,

@@ -7,13 +7,13 @@ use kuma_core::{Receipt, ReceiptId, Version};
 use serde::Deserialize;
 use utoipa::IntoParams;
 
-use super::{AnyJson, EntityPath, Problems, json};
+use super::{EntityPath, Problems, document, json};
 use crate::{
-    access::{self, Caller, May},
+    access::{self, May},
     body::{JsonBody, Path, Query},
     node::Node,
     problem::Problem,
-    wire,
+    whole_number, wire,
 };
 
 /// Why it is erased. Name no person: it goes into the audit log, which is never erased.
@@ -38,7 +38,7 @@ pub(crate) struct EraseQuery {
     operation_id = "erase",
     tag = "erasure",
     params(EntityPath, EraseQuery),
-    responses((status = 200, description = "The receipt: keep it", body = AnyJson), Problems),
+    responses((status = 200, description = "The receipt: keep it", body = document::Receipt), Problems),
 )]
 pub(crate) async fn erase(
     State(node): State<Arc<Node>>,
@@ -46,17 +46,19 @@ pub(crate) async fn erase(
     Path(path): Path<EntityPath>,
     Query(EraseQuery { reason, by }): Query<EraseQuery>,
 ) -> Result<Response, Problem> {
-    check_by(&caller, by.as_deref())?;
+    check_by(by.as_deref())?;
     let receipt = path.entity(&node)?.erase(caller.reason(reason, by)).await?;
     Ok(json(StatusCode::OK, &receipt))
 }
 
-/// The name of the token is added to it, so that it has less room.
-fn check_by(caller: &Caller, by: Option<&str>) -> Result<(), Problem> {
-    let room = 1024 - caller.token.as_ref().map_or(0, |token| token.len() + " (token )".len());
+/// So many bytes: there is room behind it for the name of the token, which is added to it.
+const BY_BYTES_MAX: usize = 512;
+
+fn check_by(by: Option<&str>) -> Result<(), Problem> {
     match by {
-        Some(by) if by.is_empty() || by.len() > room => {
-            Err(Problem::new(StatusCode::UNPROCESSABLE_ENTITY, "invalid_reason", format!("`by` has 1 to {room} bytes")))
+        Some(by) if by.is_empty() || by.len() > BY_BYTES_MAX => {
+            let detail = format!("`by` has 1 to {BY_BYTES_MAX} bytes");
+            Err(Problem::new(StatusCode::UNPROCESSABLE_ENTITY, "invalid_reason", detail))
         }
         _ => Ok(()),
     }
@@ -78,7 +80,7 @@ pub(crate) async fn recreate(
     Path(path): Path<EntityPath>,
     JsonBody(wire::ReasonBody { reason, by }): JsonBody<wire::ReasonBody>,
 ) -> Result<Response, Problem> {
-    check_by(&caller, by.as_deref())?;
+    check_by(by.as_deref())?;
     let life = path.entity(&node)?.recreate(caller.reason(reason, by)).await?;
     Ok(json(StatusCode::OK, &wire::LifeBody { life, version: 0 }))
 }
@@ -101,7 +103,7 @@ pub(crate) async fn restore_to(
     Path(path): Path<EntityPath>,
     JsonBody(wire::RestoreToBody { version, reason, by }): JsonBody<wire::RestoreToBody>,
 ) -> Result<Response, Problem> {
-    check_by(&caller, by.as_deref())?;
+    check_by(by.as_deref())?;
     let entity = path.entity(&node)?;
     let restored = entity.restore_to(Version(version), caller.reason(reason, by)).await?;
     Ok(json(StatusCode::OK, &wire::LifeBody { life: restored.life, version: restored.version.0 }))
@@ -113,8 +115,8 @@ pub(crate) async fn restore_to(
     path = "/v1/receipts/{receipt_id}",
     operation_id = "receipt",
     tag = "erasure",
-    params(("receipt_id" = String, Path, description = "32 hex digits", pattern = "^[0-9a-f]{32}$")),
-    responses((status = 200, description = "The receipt as it is now", body = AnyJson), Problems),
+    params(("receipt_id" = String, Path, description = "32 hex digits", pattern = "^[0-9A-Fa-f]{32}$")),
+    responses((status = 200, description = "The receipt as it is now", body = document::Receipt), Problems),
 )]
 pub(crate) async fn receipt(
     State(node): State<Arc<Node>>,
@@ -134,7 +136,7 @@ pub(crate) async fn receipt(
     path = "/v1/receipts/verify",
     operation_id = "verify_receipt",
     tag = "erasure",
-    request_body(content = AnyJson, content_type = "application/json", description = "The receipt"),
+    request_body(content = document::Receipt, content_type = "application/json", description = "The receipt"),
     responses((status = 200, description = "What was found", body = wire::ReceiptVerificationBody), Problems),
 )]
 pub(crate) async fn verify_receipt(
@@ -142,6 +144,11 @@ pub(crate) async fn verify_receipt(
     _may: May<access::Erase>,
     JsonBody(receipt): JsonBody<serde_json::Value>,
 ) -> Result<Response, Problem> {
+    let mut receipt = receipt;
+    whole_number::in_place(&mut receipt);
+    if !has_names(&receipt) {
+        return Err(Problem::new(StatusCode::UNPROCESSABLE_ENTITY, "invalid_receipt", "the body is not a receipt"));
+    }
     let receipt: Receipt = receipt.to_string().parse().map_err(|error: kuma_core::ReceiptError| {
         let detail = match error {
             kuma_core::ReceiptError::Newer { .. } => error.to_string(),
@@ -158,6 +165,13 @@ pub(crate) async fn verify_receipt(
     };
     let checks = verification.checks.into_iter().map(check).collect();
     Ok(json(StatusCode::OK, &wire::ReceiptVerificationBody { is_clean, checks }))
+}
+
+/// Whether the parts of a receipt are objects: a list of their fields would be read as well.
+fn has_names(receipt: &serde_json::Value) -> bool {
+    let part = |at: &str| receipt.pointer(at).is_some_and(serde_json::Value::is_object);
+    let stores = receipt.pointer("/receipt/stores").and_then(serde_json::Value::as_array);
+    part("/receipt") && part("/receipt/backups") && stores.is_some_and(|all| all.iter().all(|one| one.is_object()))
 }
 
 /// The key that receipts are signed with. Keep a copy of it elsewhere.

@@ -16,6 +16,7 @@ use utoipa::IntoParams;
 
 use super::{
     EntityPath, Problems,
+    document::{ExportedLine, ImportLines, ImportedLine},
     history::{CHUNK_BYTES, exists},
     lines, work,
 };
@@ -47,7 +48,7 @@ pub(crate) struct ExportQuery {
     operation_id = "export",
     tag = "entities",
     params(EntityPath, ExportQuery),
-    responses((status = 200, description = "Lines as docs/formats.md has them", body = String, content_type = "application/x-ndjson"), Problems),
+    responses((status = 200, description = "Lines as docs/formats.md has them", body = Vec<ExportedLine>, content_type = "application/x-ndjson"), Problems),
 )]
 pub(crate) async fn entity(
     State(node): State<Arc<Node>>,
@@ -72,7 +73,7 @@ pub(crate) async fn entity(
     path = "/v1/export",
     operation_id = "export_all",
     tag = "streams",
-    responses((status = 200, description = "Lines as docs/formats.md has them", body = String, content_type = "application/x-ndjson"), Problems),
+    responses((status = 200, description = "Lines as docs/formats.md has them", body = Vec<ExportedLine>, content_type = "application/x-ndjson"), Problems),
 )]
 pub(crate) async fn all(State(node): State<Arc<Node>>, _may: May<access::Read>) -> Result<Response, Problem> {
     let permit = node.stream()?;
@@ -126,9 +127,9 @@ pub(crate) struct ImportQuery {
     operation_id = "import",
     tag = "streams",
     params(ImportQuery),
-    request_body(content = String, content_type = "application/x-ndjson", description = "Lines as docs/formats.md has them"),
+    request_body(content = Vec<ImportedLine>, content_type = "application/x-ndjson", description = "Lines as docs/formats.md has them"),
     responses(
-        (status = 200, description = "`{\"progress\": ...}` now and then, `{\"done\": ...}` or `{\"problem\": ...}` at the end", body = wire::WorkLine<wire::ImportProgressBody, wire::ImportReportBody>, content_type = "application/x-ndjson"),
+        (status = 200, description = "`{\"progress\": ...}` now and then, `{\"done\": ...}` or `{\"problem\": ...}` at the end", body = ImportLines, content_type = "application/x-ndjson"),
         Problems,
     ),
 )]

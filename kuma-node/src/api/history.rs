@@ -74,7 +74,7 @@ pub(crate) struct EventsQuery {
     tag = "entities",
     params(EntityPath, EventsQuery),
     responses(
-        (status = 200, description = "The events", content((wire::EventsPage = "application/json"), (String = "application/x-ndjson"))),
+        (status = 200, description = "The events", content((wire::EventsPage = "application/json"), (Vec<wire::EventBody> = "application/x-ndjson"))),
         Problems,
     ),
 )]
@@ -261,7 +261,7 @@ pub(crate) async fn diff(
     path = "/v1/entities/{kind}/{id}/outcome",
     operation_id = "outcome",
     tag = "entities",
-    params(EntityPath, ("Idempotency-Key" = String, Header, description = "The key of the append")),
+    params(EntityPath, ("Idempotency-Key" = String, Header, description = "The key of the append, 1 to 256 bytes", min_length = 1, max_length = 256)),
     responses((status = 200, description = "What became of it", body = wire::OutcomeBody), Problems),
 )]
 pub(crate) async fn outcome(

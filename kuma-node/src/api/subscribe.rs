@@ -20,6 +20,7 @@ use tokio::{sync::OwnedSemaphorePermit, time::timeout};
 
 use super::{
     Problems, check_kind,
+    document::{EventName, SubscribeFrom, SubscribedMessage},
     history::{CHUNK_BYTES, EventHead, write_event},
     parse_time,
 };
@@ -50,11 +51,11 @@ const NAMES_MAX: usize = 256;
     tag = "streams",
     params(
         ("kind" = Option<Vec<String>>, Query, description = "All events of this kind; may be given more than once. Default: every kind"),
-        ("event" = Option<Vec<String>>, Query, description = "Events of this kind and name: `account.Deposited`; may be given more than once"),
-        ("from" = Option<String>, Query, description = "`now` (default), `beginning`, a time (RFC 3339), or a checkpoint"),
-        ("Last-Event-ID" = Option<String>, Header, description = "A checkpoint; it counts more than `from`"),
+        ("event" = Option<Vec<EventName>>, Query, description = "Events of this kind and name: `account.Deposited`; may be given more than once"),
+        ("from" = Option<SubscribeFrom>, Query, description = "`now` (default), `beginning`, a time (RFC 3339), or a checkpoint"),
+        ("Last-Event-ID" = Option<String>, Header, description = "A checkpoint; it counts more than `from`", pattern = "^([0-9a-f]{32}\\.[0-9]{1,19}(\\.[0-9]{1,19})*(@(0|-?[1-9][0-9]{0,17}))?)?$"),
     ),
-    responses((status = 200, description = "The events", body = String, content_type = "text/event-stream"), Problems),
+    responses((status = 200, description = "Each event of the stream", body = SubscribedMessage, content_type = "text/event-stream"), Problems),
 )]
 pub(crate) async fn events(
     State(node): State<Arc<Node>>,
