@@ -98,7 +98,7 @@ pub(crate) struct LastBackups {
 #[serde(untagged)]
 pub(crate) enum ExportedLine {
     /// An event.
-    Event(ExportedEvent),
+    Event(Box<ExportedEvent>),
     /// The last line, or a part of an archive.
     Other(BTreeMap<String, BTreeMap<String, Value>>),
 }
