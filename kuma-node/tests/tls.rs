@@ -81,6 +81,8 @@ async fn whoever_trusts_the_certificate_is_served() {
     assert_eq!(refused.status.code(), Some(3), "{refused:?}");
     assert!(refused.stdout.is_empty() && String::from_utf8(refused.stderr).unwrap().contains("certificate"));
 
+    // Another test may have chosen it.
+    let _ = rustls::crypto::ring::default_provider().install_default();
     let trusted = reqwest::Certificate::from_pem(&fs::read(&cert).unwrap()).unwrap();
     let http = reqwest::Client::builder().no_proxy().tls_certs_only([trusted]).build().unwrap();
     let response = http.get(format!("{url}/v1/entities/account/a")).send().await.unwrap();
