@@ -1,4 +1,4 @@
-//! Who sends a request again until it is answered, however often the connection is cut and the server killed, has done it once.
+//! What is sent again with its idempotency key happens once, wherever the connection was cut and whenever the server died.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod common;
@@ -7,348 +7,481 @@ mod http;
 #[path = "common/proxy.rs"]
 mod proxy;
 
-use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::SocketAddr,
+    process::{Command, Stdio},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::SeqCst},
+    },
+    time::{Duration, Instant},
+};
 
-use http::{Answer, Client, JSON, LINES, Node, NodeProcess, PACK, connect, soon};
+use common::{directory, until};
+use http::{Answer, Client, JSON, LINES, Node, NodeProcess, PACK, Reader, connect, soon};
 use integration_tests::seed;
-use kuma_node::client::{ClientOptions, NewEvent};
 use proxy::Proxy;
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
 
-/// Some requests and their answers, so that each place of them is hit.
-const CUT_WITHIN: usize = 1500;
-const SHARED: u64 = 3;
-const CLIENTS: u64 = 12;
-const APPENDS: u64 = 25;
+/// How long anybody tries to get through.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// Entities that all clients append to.
+const ENTITIES: u64 = 4;
+/// A client's appends end up to so many bytes behind the beginning of a connection.
+const REQUEST_BYTES: u64 = 4 << 10;
+const STREAM_BYTES: u64 = 32 << 10;
 
-/// Sends it until there is a whole answer.
-async fn insist(client: &mut Client, method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> Answer {
-    let again = async {
-        loop {
-            match client.try_send(method, path, headers, body).await {
-                Ok(answer) if answer.status == 503 => tokio::task::yield_now().await,
-                Ok(answer) => return answer,
-                // The server may be away for a moment.
-                Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => {
-                    tokio::time::sleep(Duration::from_millis(5)).await;
-                }
-                Err(_) => {}
-            }
-        }
-    };
-    tokio::time::timeout(Duration::from_secs(60), again).await.expect("an answer, some time")
-}
-
-/// One append of a client: to which entity, and what.
+/// An append that its client was told of.
+#[derive(Clone, Debug)]
 struct Told {
     entity: String,
-    key: String,
+    client: u64,
+    n: u64,
+    events: u64,
     version: u64,
-    events: Vec<Value>,
 }
 
-fn body(events: &[Value], packed: bool) -> Vec<u8> {
-    let events: Vec<Value> = events.iter().map(|data| json!({"type": "Noted", "data": data})).collect();
-    let body = if events.len() == 1 { events[0].clone() } else { json!({ "events": events }) };
-    if packed { rmp_serde::to_vec_named(&body).unwrap() } else { serde_json::to_vec(&body).unwrap() }
-}
-
-/// Appends of all shapes, each sent until it is answered.
-async fn appends(address: SocketAddr, n: u64, seed: u64) -> Vec<Told> {
-    let mut client = Client::new(address);
-    let mut random = StdRng::seed_from_u64(seed ^ n);
-    let mut told = Vec::new();
-    let mut own = 0;
-    for append in 0..APPENDS {
-        let events: Vec<Value> = (0..random.random_range(1..4))
-            .map(|event| json!({"client": n, "append": append, "event": event}))
-            .collect();
-        let (packed, is_own) = (random.random(), random.random());
-        let entity = if is_own { format!("own-{n}") } else { format!("shared-{}", random.random_range(0..SHARED)) };
-        let key = format!("{n}/{append}");
-        let (path, expected) = (format!("/v1/entities/account/{entity}/events"), format!("\"{own}\""));
-        let mut headers = vec![if packed { PACK } else { JSON }, ("Idempotency-Key", &*key)];
-        if is_own {
-            // Stale as soon as the first one has landed, of which nobody was told.
-            headers.push(("If-Match", &expected));
-        }
-        let answer = insist(&mut client, "POST", &path, &headers, &body(&events, packed)).await;
-        assert!([200, 201].contains(&answer.status), "{}", answer.text());
-        let version = answer.json()["version"].as_u64().unwrap();
-        if is_own {
-            own += events.len() as u64;
-            assert_eq!(version, own, "nobody else appends to it");
-        }
-        told.push(Told { entity, key, version, events });
+impl Told {
+    fn key(&self) -> String {
+        key(self.client, self.n)
     }
-    told
 }
 
-/// All events of an entity.
-async fn history(client: &mut Client, entity: &str) -> Vec<Value> {
-    let mut all: Vec<Value> = Vec::new();
+fn key(client: u64, n: u64) -> String {
+    format!("{client}-{n}")
+}
+
+fn events(client: u64, n: u64, count: u64) -> Value {
+    (0..count).map(|part| json!({"type": "Noted", "data": {"client": client, "n": n, "part": part}})).collect()
+}
+
+fn path(entity: &str) -> String {
+    format!("/v1/entities/ledger/{entity}/events")
+}
+
+/// A moment before the next try.
+async fn pause() {
+    tokio::time::sleep(Duration::from_millis(3)).await;
+}
+
+/// Sends it until an answer comes that is whole and no "try again".
+async fn insist(client: &mut Client, method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> Answer {
+    let since = Instant::now();
     loop {
-        let path = format!("/v1/entities/account/{entity}/events?from={}", all.len() + 1);
-        let answer = client.get(&path).await;
-        assert_eq!(answer.status, 200, "{}", answer.text());
-        let page = answer.json();
-        let events = page["events"].as_array().unwrap();
-        if events.is_empty() {
-            return all;
+        match soon("an answer", client.try_send(method, path, headers, body)).await {
+            Ok(answer) if answer.status >= 500 => {
+                assert_eq!(answer.problem().body["retry_safe"], true, "{}", answer.text());
+            }
+            Ok(answer) => return answer,
+            Err(_) => {}
         }
-        all.extend(events.iter().cloned());
+        assert!(since.elapsed() < PATIENCE, "{method} {path} does not get through");
+        pause().await;
     }
 }
 
-/// Each event is there once, where its client was told, and nothing else.
-async fn check(address: SocketAddr, told: &[Told]) {
-    let mut client = Client::new(address);
-    let mut expected: BTreeMap<&str, BTreeMap<u64, &Value>> = BTreeMap::new();
-    for Told { entity, version, events, .. } in told {
-        let first = version + 1 - events.len() as u64;
-        for (at, event) in (first..).zip(events) {
-            let other = expected.entry(entity).or_default().insert(at, event);
-            assert!(other.is_none(), "two events were told to be version {at} of {entity}");
+async fn version(client: &mut Client, entity: &str) -> u64 {
+    let answer = insist(client, "GET", &format!("/v1/entities/ledger/{entity}"), &[], b"").await;
+    match answer.status {
+        404 => 0,
+        _ => answer.json()["version"].as_u64().unwrap(),
+    }
+}
+
+async fn history(address: SocketAddr, entity: &str) -> Vec<Value> {
+    let lines = ("Accept", "application/x-ndjson");
+    let answer = Client::new(address).send("GET", &path(entity), &[lines], b"").await;
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    answer.text().lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+/// How an append is sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Style {
+    Single,
+    Batch,
+    Pack,
+    IfMatch,
+}
+
+/// Appends one after the other, and tries each until it was told its outcome. Now and then it asks for an outcome once more.
+async fn append_each(proxy: SocketAddr, number: u64, appends: u64, seed: u64, acked: Arc<AtomicU64>) -> Vec<Told> {
+    let mut random = StdRng::seed_from_u64(seed ^ (number << 32));
+    let style = [Style::Single, Style::Batch, Style::Pack, Style::IfMatch][(number % 4) as usize];
+    let (mut client, mut all) = (Client::new(proxy), Vec::new());
+    for n in 0..appends {
+        let entity = format!("e-{}", random.random_range(0..ENTITIES));
+        let count = if style == Style::Single { 1 } else { random.random_range(1..4) };
+        let events = events(number, n, count);
+        let (content_type, body) = match style {
+            Style::Single => (JSON, events[0].to_string().into_bytes()),
+            Style::Pack => (PACK, rmp_serde::to_vec_named(&json!({ "events": events })).unwrap()),
+            _ => (JSON, json!({ "events": events }).to_string().into_bytes()),
+        };
+        let (key, path) = (key(number, n), path(&entity));
+        let mut conflict = 0;
+        let (told, expected) = loop {
+            let expected = match style {
+                Style::IfMatch => Some(format!("\"{}\"", version(&mut client, &entity).await)),
+                _ => None,
+            };
+            let mut headers = vec![content_type, ("Idempotency-Key", key.as_str())];
+            headers.extend(expected.as_deref().map(|version| ("If-Match", version)));
+            let answer = insist(&mut client, "POST", &path, &headers, &body).await;
+            if answer.status == 201 {
+                break (answer.json(), expected);
+            }
+            assert_eq!((style, answer.refusal().1.as_str()), (Style::IfMatch, "wrong_version"));
+            conflict = answer.json()["actual_version"].as_u64().unwrap();
+        };
+        let version = told["version"].as_u64().unwrap();
+        // A conflict means that none of the tries before it had landed.
+        assert!(version >= conflict + count, "{key}: {told} after a conflict at {conflict}");
+        acked.fetch_add(1, SeqCst);
+        if random.random_range(0..3) == 0 {
+            // The version that it expected is stale by now.
+            let mut headers = vec![content_type, ("Idempotency-Key", key.as_str())];
+            headers.extend(expected.as_deref().map(|version| ("If-Match", version)));
+            let again = insist(&mut client, "POST", &path, &headers, &body).await;
+            assert_eq!(again.json(), json!({"version": version, "repeated": true}), "{key}");
+        }
+        all.push(Told { entity, client: number, n, events: count, version });
+    }
+    all
+}
+
+/// Values that come one after the other: lines, or MessagePack.
+struct Outcomes {
+    reader: Reader,
+    is_packed: bool,
+    rest: Vec<u8>,
+}
+
+impl Outcomes {
+    /// None at the end of the stream, or where it was cut.
+    async fn next(&mut self) -> Option<Value> {
+        if !self.is_packed {
+            let line = self.reader.line().await.ok()??;
+            return Some(serde_json::from_str(&line).unwrap());
+        }
+        loop {
+            let mut at = std::io::Cursor::new(&self.rest);
+            if let Ok(value) = rmp_serde::from_read::<_, Value>(&mut at) {
+                let end = at.position() as usize;
+                self.rest.drain(..end);
+                return Some(value);
+            }
+            self.rest.extend(self.reader.piece().await.ok()??);
         }
     }
-    for (entity, expected) in expected {
-        let found = history(&mut client, entity).await;
-        let versions: Vec<_> = found.iter().map(|event| event["version"].as_u64().unwrap()).collect();
-        assert_eq!(versions, (1..=expected.len() as u64).collect::<Vec<_>>(), "{entity}");
-        let data: Vec<_> = found.iter().map(|event| &event["data"]).collect();
-        assert_eq!(data, expected.into_values().collect::<Vec<_>>(), "{entity}");
-    }
-    // And once more, now that all of them are known.
-    for Told { entity, key, version, events } in told {
-        let path = format!("/v1/entities/account/{entity}/events");
-        let answer = client.send("POST", &path, &[JSON, ("Idempotency-Key", key)], &body(events, false)).await;
-        assert_eq!(answer.json(), json!({"version": version, "repeated": true}), "{key}");
-    }
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn an_append_that_is_sent_until_it_is_answered_happens_once() {
-    let seed = seed("cuts");
-    let node = Node::start(|_| {}).await;
-    let proxy = Proxy::start(node.address(), seed, CUT_WITHIN).await;
-    let mut clients = JoinSet::new();
-    for n in 0..CLIENTS {
-        clients.spawn(appends(proxy.address, n, seed));
-    }
-    let told: Vec<Told> = clients.join_all().await.into_iter().flatten().collect();
-    assert!(proxy.cuts() > CLIENTS, "{} connections were cut", proxy.cuts());
-    check(node.address(), &told).await;
-    node.stop().await;
+struct Message {
+    told: Told,
+    bytes: Vec<u8>,
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn an_append_that_is_sent_until_it_is_answered_happens_once_though_the_server_is_killed() {
-    let seed = seed("kills");
-    let mut node = NodeProcess::start(&["shards=2"]).await;
-    let proxy = Proxy::start(node.address, seed, CUT_WITHIN).await;
-    let mut clients = JoinSet::new();
-    for n in 0..CLIENTS {
-        clients.spawn(appends(proxy.address, n, seed));
-    }
-    let mut random = StdRng::seed_from_u64(seed);
-    let mut told = Vec::new();
-    let mut kills = 0;
-    while !clients.is_empty() {
-        // Some of them at once, some in the middle of the work.
-        let pause = tokio::time::sleep(Duration::from_millis(random.random_range(0..40)));
-        tokio::select! {
-            Some(ended) = clients.join_next() => told.extend(ended.unwrap()),
-            () = pause, if kills < 8 => {
-                node = NodeProcess::in_directory(node.kill(), &["shards=2"]).await;
-                proxy.moved(node.address);
-                kills += 1;
-            }
-        }
-    }
-    assert!(kills > 0, "all was done before the first kill");
-    check(node.address, &told).await;
-}
-
-/// Messages of a stream, sent until each of them has its outcome: how often the connection was opened for that.
-async fn stream(address: SocketAddr, n: u64, packed: bool, messages: &[Value]) -> (Vec<Value>, u64) {
-    let mut outcomes: Vec<Value> = Vec::new();
-    let mut connections = 0;
-    while outcomes.len() < messages.len() {
-        connections += 1;
-        assert!(connections < 500, "stream {n} gets nowhere");
-        let Ok((mut writer, mut reader)) = connect(address).await else { continue };
-        // All that has no outcome, with the same keys.
-        let rest: Vec<Vec<u8>> = messages[outcomes.len()..]
-            .iter()
-            .map(|message| match packed {
-                true => rmp_serde::to_vec_named(message).unwrap(),
-                false => format!("{message}\n").into_bytes(),
-            })
-            .collect();
-        let sending = async move {
-            writer.begin("POST", "/v1/append", &[if packed { PACK } else { LINES }]).await?;
-            for chunk in rest.chunks(16) {
-                writer.chunk(&chunk.concat()).await?;
-            }
-            writer.end().await?;
-            // Until the answer has come.
-            std::future::pending::<std::io::Result<()>>().await
+/// What a client streams, in its order.
+fn messages(number: u64, is_packed: bool, count: u64, random: &mut StdRng) -> Vec<Message> {
+    let message = |n| {
+        let (entity, count) = (format!("e-{}", random.random_range(0..ENTITIES)), random.random_range(1..4));
+        let told = Told { entity, client: number, n, events: count, version: 0 };
+        let append =
+            json!({"kind": "ledger", "id": told.entity, "key": told.key(), "events": events(number, n, count)});
+        let bytes = match is_packed {
+            true => rmp_serde::to_vec_named(&append).unwrap(),
+            false => format!("{append}\n").into_bytes(),
         };
-        let reading = async {
-            let answer = reader.head().await?;
-            if answer.status != 200 {
-                return Ok(());
-            }
-            let mut bytes = Vec::new();
-            while let Some(piece) = reader.piece().await? {
-                bytes.extend_from_slice(&piece);
-                outcomes.extend(cut_outcomes(&mut bytes, packed));
-            }
-            assert!(bytes.is_empty(), "half an outcome at the end of an answer");
-            Ok::<_, std::io::Error>(())
-        };
-        // Whichever ends: it is cut, or done.
-        let _ = tokio::select! {
-            ended = reading => ended,
-            ended = sending => ended,
-        };
-    }
-    (outcomes, connections)
+        Message { told, bytes }
+    };
+    (0..count).map(message).collect()
 }
 
-/// The outcomes that are whole.
-fn cut_outcomes(bytes: &mut Vec<u8>, packed: bool) -> Vec<Value> {
+/// Sends the messages over one connection, and returns the outcomes that came.
+async fn stream(address: SocketAddr, is_packed: bool, messages: &[Message], random: &mut StdRng) -> Vec<Value> {
+    let Ok((mut writer, mut reader)) = connect(address).await else { return Vec::new() };
+    let body: Vec<u8> = messages.iter().flat_map(|message| message.bytes.clone()).collect();
+    let piece = random.random_range(1..4096);
+    let sending = tokio::spawn(async move {
+        let content_type = if is_packed { PACK } else { LINES };
+        let sent = async {
+            writer.begin("POST", "/v1/append", &[content_type]).await?;
+            for piece in body.chunks(piece) {
+                writer.chunk(piece).await?;
+            }
+            writer.end().await
+        };
+        let _ = sent.await;
+        writer
+    });
     let mut outcomes = Vec::new();
-    loop {
-        let mut rest = &bytes[..];
-        let outcome = match packed {
-            true => rmp_serde::from_read(&mut rest).ok(),
-            false => rest.iter().position(|byte| *byte == b'\n').map(|end| {
-                let outcome = serde_json::from_slice(&rest[..end]).unwrap();
-                rest = &rest[end + 1..];
-                outcome
-            }),
-        };
-        let used = bytes.len() - rest.len();
-        match outcome {
-            Some(outcome) => outcomes.push(outcome),
-            None => return outcomes,
+    if let Ok(head) = reader.head().await {
+        assert_eq!(head.status, 200);
+        let mut coming = Outcomes { reader, is_packed, rest: Vec::new() };
+        while let Some(outcome) = coming.next().await {
+            outcomes.push(outcome);
+            assert_eq!(outcomes.last().unwrap()["n"], outcomes.len(), "outcomes come in the order of the messages");
         }
-        bytes.drain(..used);
+    }
+    sending.abort();
+    outcomes
+}
+
+/// Streams appends, and streams those again whose outcome did not come.
+async fn append_streamed(
+    proxy: SocketAddr,
+    number: u64,
+    is_packed: bool,
+    appends: u64,
+    seed: u64,
+    acked: Arc<AtomicU64>,
+) -> Vec<Message> {
+    let mut random = StdRng::seed_from_u64(seed ^ (number << 32));
+    let mut messages = messages(number, is_packed, appends, &mut random);
+    let (mut told, since) = (0, Instant::now());
+    while told < messages.len() {
+        let outcomes = stream(proxy, is_packed, &messages[told..], &mut random).await;
+        for outcome in outcomes {
+            messages[told].told.version = outcome["version"].as_u64().unwrap_or_else(|| panic!("{outcome}"));
+            told += 1;
+            acked.fetch_add(1, SeqCst);
+        }
+        assert!(since.elapsed() < PATIENCE, "client {number} does not get through");
+        pause().await;
+    }
+    messages
+}
+
+/// Each event is there once, where it was told to be, and those of a client are in its order.
+async fn assert_once(address: SocketAddr, told: &[Told]) {
+    let mut by_entity: BTreeMap<&str, Vec<&Told>> = BTreeMap::new();
+    for told in told {
+        by_entity.entry(&told.entity).or_default().push(told);
+    }
+    for (entity, told) in by_entity {
+        let history = history(address, entity).await;
+        let versions: Vec<u64> = history.iter().map(|event| event["version"].as_u64().unwrap()).collect();
+        assert!(versions.iter().copied().eq(1..=versions.len() as u64), "{entity}: {versions:?}");
+        for told in &told {
+            let first = (told.version - told.events) as usize;
+            let found: Vec<&Value> = history[first..told.version as usize].iter().map(|event| &event["data"]).collect();
+            let parts = |part| json!({"client": told.client, "n": told.n, "part": part});
+            let expected: Vec<Value> = (0..told.events).map(parts).collect();
+            assert!(found.into_iter().eq(&expected), "{told:?}");
+        }
+        // What was told is there; so nothing else is, and nothing twice, if there are as many.
+        assert_eq!(history.len() as u64, told.iter().map(|told| told.events).sum::<u64>(), "{entity}");
+        let mut last = BTreeMap::new();
+        for event in &history {
+            let place = (event["data"]["n"].as_u64(), event["data"]["part"].as_u64());
+            let before = last.insert(event["data"]["client"].as_u64(), place);
+            assert!(before.is_none_or(|before| before < place), "{entity}: {event} is behind {before:?}");
+        }
+    }
+}
+
+/// Each outcome is told as it was told before, to whoever asks for it and to whoever sends the append again.
+async fn assert_told_again(address: SocketAddr, told: &[Told]) {
+    let mut client = Client::new(address);
+    for told in told {
+        let (key, outcome) = (told.key(), format!("/v1/entities/ledger/{}/outcome", told.entity));
+        let found = client.send("GET", &outcome, &[("Idempotency-Key", &key)], b"").await.json();
+        assert_eq!(found["version"], told.version, "{told:?}: {found}");
+        // With a version that was never true at the same time.
+        let headers = [JSON, ("Idempotency-Key", key.as_str()), ("If-Match", "\"1000000\"")];
+        let body = json!({"events": events(told.client, told.n, told.events)}).to_string();
+        let again = client.send("POST", &path(&told.entity), &headers, body.as_bytes()).await;
+        assert_eq!(again.json(), json!({"version": told.version, "repeated": true}), "{told:?}");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn streamed_appends_that_are_sent_until_they_are_answered_happen_once_and_in_order() {
-    const MESSAGES: u64 = 600;
-    const ENTITIES: u64 = 7;
-    let seed = seed("cut streams");
+async fn an_append_that_is_sent_again_until_it_is_answered_happens_once() {
+    let seed = seed("an_append_that_is_sent_again_until_it_is_answered_happens_once");
     let node = Node::start(|_| {}).await;
-    let proxy = Proxy::start(node.address(), seed, 12_000).await;
-    let mut streams = JoinSet::new();
-    for n in 0..6_u64 {
-        let address = proxy.address;
-        streams.spawn(async move {
-            let messages: Vec<Value> = (0..MESSAGES)
-                .map(|message| {
-                    json!({
-                        "kind": "account", "id": format!("stream-{n}-{}", message % ENTITIES), "key": format!("{message}"),
-                        "events": [{"type": "Noted", "data": message}],
-                    })
-                })
-                .collect();
-            let (outcomes, connections) = stream(address, n, n % 2 == 1, &messages).await;
-            (n, outcomes, connections)
-        });
+    let proxy = Proxy::start(node.address(), seed, REQUEST_BYTES).await;
+    let mut clients = JoinSet::new();
+    for number in 0..16 {
+        clients.spawn(append_each(proxy.address, number, 25, seed, Arc::default()));
     }
-    let mut connections = 0;
-    for (n, outcomes, opened) in streams.join_all().await {
-        connections += opened;
-        for (message, outcome) in (0..).zip(&outcomes) {
-            assert_eq!(
-                outcome["version"].as_u64(),
-                Some(message / ENTITIES + 1),
-                "stream {n}, message {message}: {outcome}"
-            );
-        }
-        let mut client = node.client();
-        for entity in 0..ENTITIES {
-            let found = history(&mut client, &format!("stream-{n}-{entity}")).await;
-            let found: Vec<u64> = found.iter().map(|event| event["data"].as_u64().unwrap()).collect();
-            assert_eq!(found, (entity..MESSAGES).step_by(ENTITIES as usize).collect::<Vec<_>>(), "stream {n}");
-        }
-    }
-    assert!(proxy.cuts() > 0, "{connections} connections, and none was cut");
+    let told = clients.join_all().await.concat();
+    let cuts = proxy.cuts();
+    println!("{} connections, cut: {cuts:?}", proxy.connections());
+    assert!(cuts.iter().all(|cuts| *cuts > 0), "{cuts:?}");
+    assert_once(node.address(), &told).await;
+    assert_told_again(node.address(), &told).await;
     node.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn erasures_and_new_lives_that_are_asked_for_again_are_the_same() {
-    let seed = seed("cut erasures");
+async fn a_stream_that_is_cut_and_sent_again_appends_each_message_once_and_in_order() {
+    let seed = seed("a_stream_that_is_cut_and_sent_again_appends_each_message_once_and_in_order");
+    let mut random = StdRng::seed_from_u64(seed);
     let node = Node::start(|_| {}).await;
-    let proxy = Proxy::start(node.address(), seed, 900).await;
+    let proxy = Proxy::start(node.address(), seed, STREAM_BYTES).await;
     let mut clients = JoinSet::new();
-    for n in 0..8 {
-        let (address, direct) = (proxy.address, node.address());
-        clients.spawn(async move {
-            let mut client = Client::new(address);
-            for entity in 0..6 {
-                let path = format!("/v1/entities/account/erased-{n}-{entity}");
-                let events = format!("{path}/events");
-                let append = r#"{"type":"Noted","data":{"n":1}}"#.as_bytes();
-                insist(&mut client, "POST", &events, &[JSON, ("Idempotency-Key", "a")], append).await;
-                let erase = format!("{path}?reason=asked%20for");
-                let receipt = insist(&mut client, "DELETE", &erase, &[], b"").await;
-                assert_eq!(receipt.status, 200, "{}", receipt.text());
-                // Whichever attempt it was that did it.
-                let again = Client::new(direct).send("DELETE", &erase, &[], b"").await;
-                assert_eq!(again.json(), receipt.json());
-                let body = br#"{"reason":"back"}"#;
-                let life = insist(&mut client, "POST", &format!("{path}/recreate"), &[JSON], body).await;
-                // The first attempt made it; of the next ones it is told that it is not erased.
-                assert!(life.status == 200 && life.json()["life"] == 2 || life.status == 409, "{}", life.text());
-                insist(&mut client, "POST", &events, &[JSON, ("Idempotency-Key", "a")], append).await;
-                let state = Client::new(direct).get(&path).await.json();
-                assert_eq!((&state["version"], &state["state"]), (&json!(1), &json!({"n": 1})));
-            }
-        });
+    for number in 0..8 {
+        let streamed = append_streamed(proxy.address, number, number % 2 == 1, 300, seed, Arc::default());
+        clients.spawn(async move { (number % 2 == 1, streamed.await) });
+    }
+    let streamed = clients.join_all().await;
+    let cuts = proxy.cuts();
+    println!("{} connections, cut: {cuts:?}", proxy.connections());
+    assert!(cuts.iter().sum::<u64>() > 0, "{cuts:?}");
+    let told: Vec<Told> =
+        streamed.iter().flat_map(|(_, sent)| sent.iter().map(|message| message.told.clone())).collect();
+    assert_once(node.address(), &told).await;
+    // All of it once more, in one go.
+    for (is_packed, sent) in &streamed {
+        let outcomes = stream(node.address(), *is_packed, sent, &mut random).await;
+        let expected =
+            sent.iter().zip(1..).map(|(message, n)| json!({"n": n, "version": message.told.version, "repeated": true}));
+        assert!(outcomes.into_iter().eq(expected));
+    }
+    assert_once(node.address(), &told).await;
+    node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_is_killed_has_done_once_what_is_sent_again() {
+    let seed = seed("a_server_that_is_killed_has_done_once_what_is_sent_again");
+    let mut node = NodeProcess::start(&[]).await;
+    let proxy = Proxy::start(node.address, seed, STREAM_BYTES).await;
+    let acked = Arc::new(AtomicU64::new(0));
+    let (mut each, mut streamed) = (JoinSet::new(), JoinSet::new());
+    for number in 0..8 {
+        each.spawn(append_each(proxy.address, number, 30, seed, acked.clone()));
+    }
+    for number in 8..12 {
+        streamed.spawn(append_streamed(proxy.address, number, number % 2 == 1, 200, seed, acked.clone()));
+    }
+    let all = 8 * 30 + 4 * 200;
+    for quarter in 1..=3 {
+        until("more was acknowledged", async || acked.load(SeqCst) >= all * quarter / 4).await;
+        node.kill();
+        node.start_again().await;
+        proxy.point_to(node.address);
+    }
+    let mut told = each.join_all().await.concat();
+    told.extend(streamed.join_all().await.into_iter().flatten().map(|message| message.told));
+    println!("{} connections, cut: {:?}", proxy.connections(), proxy.cuts());
+    assert_once(node.address, &told).await;
+    assert_told_again(node.address, &told).await;
+    assert_once(node.address, &told).await;
+}
+
+/// Appends, erases and begins anew, each until it is answered.
+async fn live_and_die(proxy: SocketAddr, number: u64) {
+    let mut client = Client::new(proxy);
+    let path = format!("/v1/entities/ledger/mortal-{number}");
+    let (of_events, recreate, erase) =
+        (format!("{path}/events"), format!("{path}/recreate"), format!("{path}?reason=request+{number}"));
+    let (mut receipts, reason) = (BTreeSet::new(), br#"{"reason": "came back"}"#);
+    for life in 1..=3 {
+        for n in 0..3 {
+            // Keys belong to a life: they are the same in each.
+            let (key, body) = (key(number, n), json!({"events": events(number, life * 10 + n, 2)}).to_string());
+            let headers = [JSON, ("Idempotency-Key", key.as_str())];
+            let answer = insist(&mut client, "POST", &of_events, &headers, body.as_bytes()).await;
+            assert_eq!((answer.status, &answer.json()["version"]), (201, &json!(2 * (n + 1))), "{}", answer.text());
+        }
+        let answer = insist(&mut client, "GET", &of_events, &[], b"").await;
+        let found = answer.json()["events"].as_array().unwrap().clone();
+        let data: Vec<&Value> = found.iter().map(|event| &event["data"]).collect();
+        let expected =
+            (0..3).flat_map(|n| (0..2).map(move |part| json!({"client": number, "n": life * 10 + n, "part": part})));
+        assert!(data.into_iter().eq(&expected.collect::<Vec<_>>()), "life {life}: {}", answer.text());
+        let mut receipt = None;
+        for _ in 0..2 {
+            let answer = insist(&mut client, "DELETE", &erase, &[], b"").await;
+            assert_eq!(answer.status, 200, "{}", answer.text());
+            let id = answer.json()["receipt"]["id"].as_str().unwrap().to_owned();
+            assert_eq!(*receipt.get_or_insert(id.clone()), id, "the same receipt");
+        }
+        assert!(receipts.insert(receipt), "each life has a receipt of its own");
+        let answer = insist(&mut client, "GET", &path, &[], b"").await;
+        assert_eq!(answer.refusal(), (410, "erased".to_owned()));
+        let answer = insist(&mut client, "POST", &recreate, &[JSON], reason).await;
+        match answer.status {
+            200 => assert_eq!(answer.json(), json!({"life": life + 1, "version": 0})),
+            // It was done, and the answer was lost.
+            _ => assert_eq!(answer.refusal(), (409, "not_erased".to_owned())),
+        }
+        let answer = insist(&mut client, "GET", &path, &[], b"").await;
+        assert_eq!(answer.refusal(), (404, "never_written".to_owned()));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_erasure_and_a_new_life_that_are_sent_again_happen_once() {
+    let seed = seed("an_erasure_and_a_new_life_that_are_sent_again_happen_once");
+    let node = Node::start(|_| {}).await;
+    let proxy = Proxy::start(node.address(), seed, REQUEST_BYTES).await;
+    let mut clients = JoinSet::new();
+    for number in 0..8 {
+        clients.spawn(live_and_die(proxy.address, number));
     }
     clients.join_all().await;
-    assert!(proxy.cuts() > 8, "{} connections were cut", proxy.cuts());
+    println!("{} connections, cut: {:?}", proxy.connections(), proxy.cuts());
+    let audit = node.client().get("/v1/audit?limit=1000").await.json();
+    let count = |name: &str| audit["events"].as_array().unwrap().iter().filter(|event| event["type"] == name).count();
+    assert_eq!(count("ErasureRequested"), 8 * 3, "{audit}");
     node.stop().await;
 }
 
-/// The node's own client, as the command line uses it.
+/// Imports lines through the command line, while connections are cut and the server dies.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_client_that_is_cut_off_again_and_again_appends_once() {
-    const APPENDS: u64 = 8;
-    let seed = seed("cut client");
-    let node = Node::start(|_| {}).await;
-    let proxy = Proxy::start(node.address(), seed, 800).await;
-    let options = ClientOptions { url: format!("http://{}", proxy.address), token: None, ca_cert: None };
-    let client = kuma_node::client::Client::new(&options).unwrap();
-    for append in 0..APPENDS {
-        let data = serde_json::value::to_raw_value(&append).unwrap();
-        let event = NewEvent { name: "Noted".to_owned(), data, schema: 1 };
-        let key = format!("k{append}");
-        let outcome = soon("an append", async {
-            loop {
-                // It tries a few times by itself.
-                match client.append("account", "c", std::slice::from_ref(&event), None, &key, |_, _| ()).await {
-                    Ok(outcome) => break outcome,
-                    Err(error) => assert!(error.is_retry_safe(), "{error}"),
-                }
-            }
-        })
-        .await;
-        assert_eq!(outcome.version, append + 1);
-    }
-    let found = history(&mut node.client(), "c").await;
-    assert_eq!(
-        found.iter().map(|event| event["data"].as_u64().unwrap()).collect::<Vec<_>>(),
-        (0..APPENDS).collect::<Vec<_>>()
+async fn an_import_by_the_command_line_appends_each_line_once_through_cuts_and_the_death_of_the_server() {
+    const LINES_COUNT: u64 = 20_000;
+    let seed = seed("an_import_by_the_command_line_appends_each_line_once_through_cuts_and_the_death_of_the_server");
+    let (mut node, dir) = (NodeProcess::start(&[]).await, directory());
+    let proxy = Proxy::cutting(node.address, seed, 2 << 20, 3).await;
+    let file = dir.path().join("lines.ndjson");
+    let line = |n| json!({"kind": "ledger", "id": format!("e-{}", n % ENTITIES), "type": "Noted", "data": {"n": n}});
+    let text: String = (0..LINES_COUNT).map(|n| format!("{}\n", line(n))).collect();
+    std::fs::write(&file, text).unwrap();
+    let import = || {
+        let child = Command::new(env!("CARGO_BIN_EXE_cli_child"))
+            .args(["--json", "--url", &format!("http://{}", proxy.address), "import"])
+            .arg(&file)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        tokio::task::spawn_blocking(move || child.wait_with_output().unwrap())
+    };
+    let importing = import();
+    // Once when it comes for the first time, and once when something of it is there.
+    until("the import begins", async || proxy.connections() > 0).await;
+    node.kill();
+    node.start_again().await;
+    proxy.point_to(node.address);
+    until("something is imported", async || version(&mut Client::new(node.address), "e-0").await > 0).await;
+    node.kill();
+    node.start_again().await;
+    proxy.point_to(node.address);
+    let output = importing.await.unwrap();
+    println!(
+        "{}\n{} connections, cut: {:?}",
+        String::from_utf8_lossy(&output.stderr),
+        proxy.connections(),
+        proxy.cuts()
     );
-    node.stop().await;
+    assert!(output.status.success());
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((&report["lines"], &report["events"]), (&json!(LINES_COUNT), &json!(LINES_COUNT)), "{report}");
+    for entity in 0..ENTITIES {
+        let history = history(node.address, &format!("e-{entity}")).await;
+        let found =
+            history.iter().map(|event| (event["version"].as_u64().unwrap(), event["data"]["n"].as_u64().unwrap()));
+        assert!(found.eq((1..).zip((entity..LINES_COUNT).step_by(ENTITIES as usize))), "e-{entity}");
+    }
+    // Whole, and once more.
+    let output = import().await.unwrap();
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((&report["events"], &report["new_events"]), (&json!(LINES_COUNT), &json!(0)), "{report}");
 }

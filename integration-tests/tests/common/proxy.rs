@@ -1,5 +1,5 @@
-//! A proxy that cuts connections at random places: before a request, within it, behind it, within its answer.
-#![allow(dead_code, clippy::unwrap_used)]
+//! A proxy that cuts connections at random: before a request, within it, behind it, and within the answer.
+#![allow(dead_code, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::{
     net::SocketAddr,
@@ -13,103 +13,174 @@ use parking_lot::Mutex;
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    net::{TcpListener, TcpStream},
-    task::JoinSet,
+    net::{
+        TcpListener, TcpStream,
+        tcp::{OwnedReadHalf, OwnedWriteHalf},
+    },
+    task::{JoinHandle, JoinSet},
 };
 
-/// What may be cut off of a connection.
+/// Where a connection is cut: behind so many bytes of what goes up or comes down.
 #[derive(Clone, Copy, Debug)]
 enum Cut {
-    /// It is passed on as it is.
-    Nowhere,
-    /// Closed as soon as it is open.
-    AtOnce,
-    /// After so many bytes of what the client sends. The server may have more than one whole request by then.
-    Up(usize),
-    /// After so many bytes of what the server answers.
-    Down(usize),
+    BeforeRequest,
+    WithinRequest(u64),
+    /// As soon as the server answers: it was done, and nobody hears of it.
+    BehindRequest,
+    WithinAnswer(u64),
+    Never,
 }
 
-/// Ends, with all of its connections, when it is dropped.
+/// It cuts each connection, or the first few.
 pub(crate) struct Proxy {
     pub(crate) address: SocketAddr,
-    server: Arc<Mutex<SocketAddr>>,
-    cuts: Arc<AtomicU64>,
-    _connections: JoinSet<()>,
+    shared: Arc<Shared>,
+    task: JoinHandle<()>,
+}
+
+struct Shared {
+    target: Mutex<SocketAddr>,
+    random: Mutex<StdRng>,
+    bytes_max: u64,
+    /// How many connections are still to be cut.
+    left: AtomicU64,
+    connections: AtomicU64,
+    /// By kind, in the order of [`Cut`].
+    cuts: [AtomicU64; 4],
 }
 
 impl Proxy {
-    /// Cuts connections within their first `bytes_max` bytes of either direction, four of five.
-    pub(crate) async fn start(server: SocketAddr, seed: u64, bytes_max: usize) -> Proxy {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    /// Cuts every connection to `target`, behind `bytes_max` bytes at the latest. It is for the clients to come through in spite of it.
+    pub(crate) async fn start(target: SocketAddr, seed: u64, bytes_max: u64) -> Proxy {
+        Proxy::cutting(target, seed, bytes_max, u64::MAX).await
+    }
+
+    /// Cuts the first so many connections.
+    pub(crate) async fn cutting(target: SocketAddr, seed: u64, bytes_max: u64, connections: u64) -> Proxy {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
         let address = listener.local_addr().unwrap();
-        let (server, cuts) = (Arc::new(Mutex::new(server)), Arc::<AtomicU64>::default());
-        let mut connections = JoinSet::new();
-        let (to, counted) = (server.clone(), cuts.clone());
-        connections.spawn(async move {
-            let mut random = StdRng::seed_from_u64(seed);
-            let mut passing = JoinSet::new();
-            while let Ok((client, _)) = listener.accept().await {
-                let cut = match random.random_range(0..10) {
-                    0..2 => Cut::Nowhere,
-                    2 => Cut::AtOnce,
-                    3..6 => Cut::Up(random.random_range(0..bytes_max)),
-                    _ => Cut::Down(random.random_range(0..bytes_max)),
-                };
-                let (server, counted) = (*to.lock(), counted.clone());
-                passing.spawn(async move {
-                    if pass(client, server, cut).await {
-                        counted.fetch_add(1, SeqCst);
-                    }
-                });
-                while passing.try_join_next().is_some() {}
-            }
+        let shared = Arc::new(Shared {
+            target: Mutex::new(target),
+            random: Mutex::new(StdRng::seed_from_u64(seed)),
+            bytes_max,
+            left: connections.into(),
+            connections: AtomicU64::new(0),
+            cuts: Default::default(),
         });
-        Proxy { address, server, cuts, _connections: connections }
+        let task = tokio::spawn(accept(listener, shared.clone()));
+        Proxy { address, shared, task }
     }
 
-    /// The server is elsewhere from now on.
-    pub(crate) fn moved(&self, server: SocketAddr) {
-        *self.server.lock() = server;
+    /// From now on it connects to another server.
+    pub(crate) fn point_to(&self, target: SocketAddr) {
+        *self.shared.target.lock() = target;
     }
 
-    /// Connections that were cut so far.
-    pub(crate) fn cuts(&self) -> u64 {
-        self.cuts.load(SeqCst)
+    /// From now on it cuts no new connection.
+    pub(crate) fn calm(&self) {
+        self.shared.left.store(0, SeqCst);
+    }
+
+    pub(crate) fn connections(&self) -> u64 {
+        self.shared.connections.load(SeqCst)
+    }
+
+    /// How many connections were cut: before a request, within it, behind it, within the answer.
+    pub(crate) fn cuts(&self) -> [u64; 4] {
+        std::array::from_fn(|kind| self.shared.cuts[kind].load(SeqCst))
     }
 }
 
-/// Whether it was cut.
-async fn pass(mut client: TcpStream, server: SocketAddr, cut: Cut) -> bool {
-    if let Cut::AtOnce = cut {
-        return true;
-    }
-    let Ok(mut server) = TcpStream::connect(server).await else { return false };
-    let (mut from_client, mut to_client) = client.split();
-    let (mut from_server, mut to_server) = server.split();
-    let (up, down) = match cut {
-        Cut::Up(bytes) => (bytes as u64, u64::MAX),
-        Cut::Down(bytes) => (u64::MAX, bytes as u64),
-        Cut::Nowhere | Cut::AtOnce => (u64::MAX, u64::MAX),
-    };
-    // With the first that ends both are closed. What the server took of a request that was cut off, it has.
-    tokio::select! {
-        was_cut = copy(&mut from_client, &mut to_server, up) => was_cut,
-        was_cut = copy(&mut from_server, &mut to_client, down) => was_cut,
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        self.task.abort();
     }
 }
 
-/// Copies so many bytes; whether there were so many.
-async fn copy(from: &mut (impl AsyncReadExt + Unpin), to: &mut (impl AsyncWriteExt + Unpin), mut bytes: u64) -> bool {
-    let mut buffer = [0; 4096];
-    loop {
-        if bytes == 0 {
-            return true;
+impl Shared {
+    fn choose(&self) -> Cut {
+        if self.left.fetch_update(SeqCst, SeqCst, |left| left.checked_sub(1)).is_err() {
+            return Cut::Never;
         }
-        let room = usize::try_from(bytes).unwrap_or(usize::MAX).min(buffer.len());
-        match from.read(&mut buffer[..room]).await {
-            Ok(read @ 1..) if to.write_all(&buffer[..read]).await.is_ok() => bytes -= read as u64,
-            _ => return false,
+        let mut random = self.random.lock();
+        // As many small numbers as large ones.
+        let below = self.bytes_max >> random.random_range(0..8);
+        let bytes = random.random_range(1..below.max(2));
+        // Most should come some way.
+        match random.random_range(0..8) {
+            0 => Cut::BeforeRequest,
+            1 => Cut::BehindRequest,
+            2..5 => Cut::WithinRequest(bytes),
+            _ => Cut::WithinAnswer(bytes),
+        }
+    }
+}
+
+async fn accept(listener: TcpListener, shared: Arc<Shared>) {
+    // They end with the proxy.
+    let mut carried = JoinSet::new();
+    loop {
+        let Ok((client, _)) = listener.accept().await else { return };
+        shared.connections.fetch_add(1, SeqCst);
+        carried.spawn(carry(client, shared.clone()));
+        while carried.try_join_next().is_some() {}
+    }
+}
+
+async fn carry(client: TcpStream, shared: Arc<Shared>) {
+    let cut = shared.choose();
+    let count = |kind: usize| shared.cuts[kind].fetch_add(1, SeqCst);
+    let (up, down) = match cut {
+        Cut::BeforeRequest => {
+            count(0);
+            return;
+        }
+        Cut::WithinRequest(bytes) => (bytes, u64::MAX),
+        Cut::BehindRequest => (u64::MAX, 0),
+        Cut::WithinAnswer(bytes) => (u64::MAX, bytes),
+        Cut::Never => (u64::MAX, u64::MAX),
+    };
+    let target = *shared.target.lock();
+    let Ok(server) = TcpStream::connect(target).await else { return };
+    let _ = (client.set_nodelay(true), server.set_nodelay(true));
+    let ((client_read, client_write), (server_read, server_write)) = (client.into_split(), server.into_split());
+    let down = async {
+        let end = pump(server_read, client_write, down).await;
+        // Nothing is of use any more when the server has hung up.
+        Err::<(), End>(end)
+    };
+    let up = async {
+        match pump(client_read, server_write, up).await {
+            End::Closed => Ok(()),
+            cut => Err(cut),
+        }
+    };
+    if let Err(End::Cut) = tokio::try_join!(up, down) {
+        match cut {
+            Cut::WithinRequest(_) => count(1),
+            Cut::BehindRequest => count(2),
+            _ => count(3),
+        };
+    }
+}
+
+enum End {
+    Closed,
+    Cut,
+}
+
+/// Passes on so many bytes. What comes behind them cuts the connection.
+async fn pump(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, mut left: u64) -> End {
+    let mut bytes = vec![0; 16 << 10];
+    loop {
+        let Ok(read @ 1..) = from.read(&mut bytes).await else { return End::Closed };
+        let passed = usize::try_from(left).unwrap_or(usize::MAX).min(read);
+        if to.write_all(&bytes[..passed]).await.is_err() {
+            return End::Closed;
+        }
+        left -= passed as u64;
+        if passed < read {
+            return End::Cut;
         }
     }
 }
