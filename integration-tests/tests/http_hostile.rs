@@ -11,9 +11,7 @@ use std::{
 };
 
 use common::until;
-use http::{
-    Answer, Client, JSON, LINES, LONG, Node, NodeProcess, PACK, Problem, SECRET, assert_serves, connect, soon,
-};
+use http::{Answer, Client, JSON, LINES, LONG, Node, NodeProcess, PACK, Problem, SECRET, assert_serves, connect, soon};
 use serde_json::{Value, json};
 use tokio::{io::AsyncWriteExt, net::TcpStream, task::JoinSet};
 
@@ -134,10 +132,17 @@ async fn what_is_nested_deep_is_refused_and_the_stack_survives() {
     let mut client = node.client();
     let deep = |open: &str, close: &str| open.repeat(1_000_000) + &close.repeat(1_000_000);
     for (open, close) in [("[", "]"), ("{\"a\":", "}"), ("[", "")] {
-        let text = if open == "[" { deep(open, close) } else { format!("{}1{}", open.repeat(1_000_000), close.repeat(1_000_000)) };
+        let text = if open == "[" {
+            deep(open, close)
+        } else {
+            format!("{}1{}", open.repeat(1_000_000), close.repeat(1_000_000))
+        };
         for body in [event(&text), format!(r#"{{"events":[{}]}}"#, event(&text)), text.clone()] {
             let (status, code) = client.post(EVENTS, &body).await.refusal();
-            assert!([400, 422].contains(&status) && ["invalid_body", "invalid_data"].contains(&&*code), "{status} {code}");
+            assert!(
+                [400, 422].contains(&status) && ["invalid_body", "invalid_data"].contains(&&*code),
+                "{status} {code}"
+            );
         }
         for path in ["/v1/receipts/verify", "/v1/entities/account/a/recreate", "/v1/projections/none/query"] {
             let (status, code) = client.post(path, &text).await.refusal();
@@ -173,7 +178,12 @@ async fn what_is_nested_deep_is_refused_and_the_stack_survives() {
 async fn bytes_that_are_not_utf8_are_refused_wherever_they_stand() {
     let node = Node::start(|_| {}).await;
     let mut client = node.client();
-    for body in [&b"{\"type\":\"Noted\",\"data\":\"s3cr3t\xff\"}"[..], b"{\"type\":\"s3cr3t\xc3\x28\"}", b"\xff\xfe\x00", b"{\"s3cr3t\xed\xa0\x80\":1}"] {
+    for body in [
+        &b"{\"type\":\"Noted\",\"data\":\"s3cr3t\xff\"}"[..],
+        b"{\"type\":\"s3cr3t\xc3\x28\"}",
+        b"\xff\xfe\x00",
+        b"{\"s3cr3t\xed\xa0\x80\":1}",
+    ] {
         assert_eq!(client.send("POST", EVENTS, &[JSON], body).await.refusal(), (400, "invalid_body".to_owned()));
         assert_eq!(
             client.send("POST", "/v1/entities/account/a/recreate", &[JSON], body).await.refusal(),
@@ -184,10 +194,18 @@ async fn bytes_that_are_not_utf8_are_refused_wherever_they_stand() {
     assert_eq!(client.post(EVENTS, r#"{"type":"Noted","data":"\ud800"}"#).await.refusal().0 / 100, 4);
     let pack = b"\x82\xa4type\xa5Noted\xa4data\xa1\xff";
     assert_eq!(client.send("POST", EVENTS, &[PACK], pack).await.refusal().0 / 100, 4);
-    for path in ["/v1/entities/account/s3cr3t%ff", "/v1/entities/s3cr3t%c3%28/a", "/v1/entities/account/%ed%a0%80/events"] {
+    for path in
+        ["/v1/entities/account/s3cr3t%ff", "/v1/entities/s3cr3t%c3%28/a", "/v1/entities/account/%ed%a0%80/events"]
+    {
         assert_eq!(client.get(path).await.refusal(), (400, "invalid_path".to_owned()), "{path}");
     }
-    for path in ["/v1/entities/account/a?at=s3cr3t%ff", "/v1/events?kind=s3cr3t%ff", "/v1/entities/account/a?version=s3cr3t", "/v1/events?from=s3cr3t", "/v1/entities/account/a/events?s3cr3t=1"] {
+    for path in [
+        "/v1/entities/account/a?at=s3cr3t%ff",
+        "/v1/events?kind=s3cr3t%ff",
+        "/v1/entities/account/a?version=s3cr3t",
+        "/v1/events?from=s3cr3t",
+        "/v1/entities/account/a/events?s3cr3t=1",
+    ] {
         let (status, code) = client.get(path).await.refusal();
         assert_eq!(status, 400, "{path}: {code}");
     }
@@ -243,13 +261,35 @@ async fn a_path_names_one_entity_and_no_file() {
         let (status, code) = client.send("POST", &format!("/v1/backups/{name}"), &[], b"").await.refusal();
         assert!([400, 404].contains(&status), "{name}: {status} {code}");
     }
-    let beside: Vec<_> = std::fs::read_dir(node.dir.path().parent().unwrap()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    let beside: Vec<_> =
+        std::fs::read_dir(node.dir.path().parent().unwrap()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     let own = format!("{}-backups", node.dir.path().file_name().unwrap().to_string_lossy());
     assert!(!beside.iter().any(|name| *name == *own), "a backup was begun");
     // Ids are taken as they are.
     let ids = [
-        "a/b", "/", "..", "../..", "a%2fb", "%", "a b", "a+b", "?", "#", "a?version=1", "Ünï/cödé", "日本", "\u{0}", "a\u{0}b", "\n", "\u{202e}", ";", "a\\b", "*", ":",
-        &"x".repeat(512), &"é".repeat(256),
+        "a/b",
+        "/",
+        "..",
+        "../..",
+        "a%2fb",
+        "%",
+        "a b",
+        "a+b",
+        "?",
+        "#",
+        "a?version=1",
+        "Ünï/cödé",
+        "日本",
+        "\u{0}",
+        "a\u{0}b",
+        "\n",
+        "\u{202e}",
+        ";",
+        "a\\b",
+        "*",
+        ":",
+        &"x".repeat(512),
+        &"é".repeat(256),
     ];
     for id in ids {
         let path = format!("/v1/entities/account/{}", encoded(id));
@@ -284,7 +324,11 @@ async fn a_request_that_can_be_read_in_two_ways_is_refused_or_read_once() {
     let head = format!("POST {EVENTS} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n");
     for (what, headers, rest) in [
         ("both", format!("Content-Length: {length}\r\nTransfer-Encoding: chunked\r\n"), format!("0\r\n\r\n{smuggled}")),
-        ("both, the other way", format!("Transfer-Encoding: chunked\r\nContent-Length: {length}\r\n"), format!("0\r\n\r\n{smuggled}")),
+        (
+            "both, the other way",
+            format!("Transfer-Encoding: chunked\r\nContent-Length: {length}\r\n"),
+            format!("0\r\n\r\n{smuggled}"),
+        ),
         ("two lengths", format!("Content-Length: {length}\r\nContent-Length: 0\r\n"), body.clone() + smuggled),
         ("a list of lengths", format!("Content-Length: {length}, 0\r\n"), body.clone() + smuggled),
         ("a length with a sign", format!("Content-Length: +{length}\r\n"), body.clone()),
@@ -295,9 +339,17 @@ async fn a_request_that_can_be_read_in_two_ways_is_refused_or_read_once() {
         ("a folded line", "X: a\r\n Content-Length: 0\r\n".to_owned(), smuggled.to_owned()),
         ("a bare CR", "X: a\rContent-Length: 0\r\n".to_owned(), smuggled.to_owned()),
         ("a NUL", "X: a\0b\r\nContent-Length: 0\r\n".to_owned(), smuggled.to_owned()),
-        ("a chunk that is too long", "Transfer-Encoding: chunked\r\n".to_owned(), format!("ffffffffffffffff0\r\n{smuggled}")),
+        (
+            "a chunk that is too long",
+            "Transfer-Encoding: chunked\r\n".to_owned(),
+            format!("ffffffffffffffff0\r\n{smuggled}"),
+        ),
         ("a chunk without a number", "Transfer-Encoding: chunked\r\n".to_owned(), format!("x\r\n{smuggled}")),
-        ("a chunk without its end", "Transfer-Encoding: chunked\r\n".to_owned(), format!("{length:x}\r\n{body}X0\r\n\r\n")),
+        (
+            "a chunk without its end",
+            "Transfer-Encoding: chunked\r\n".to_owned(),
+            format!("{length:x}\r\n{body}X0\r\n\r\n"),
+        ),
     ] {
         let request = format!("{head}{headers}\r\n{rest}");
         let answer = node.client().exchange(request.as_bytes()).await;
@@ -314,7 +366,14 @@ async fn a_request_that_can_be_read_in_two_ways_is_refused_or_read_once() {
         let answer = node.client().exchange(format!("{head}{headers}\r\n{body}").as_bytes()).await.unwrap();
         assert!([201, 400].contains(&answer.status), "{answer:?}");
     }
-    for request in ["GET / HTTP/9.9\r\n\r\n", "GET\r\n\r\n", "\r\n\r\n\r\n\r\n", "GET /v1/status HTTP/1.1\r\n\r\n", "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\nrubbish rubbish rubbish", "\u{16}\u{3}\u{1}\u{0}"] {
+    for request in [
+        "GET / HTTP/9.9\r\n\r\n",
+        "GET\r\n\r\n",
+        "\r\n\r\n\r\n\r\n",
+        "GET /v1/status HTTP/1.1\r\n\r\n",
+        "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\nrubbish rubbish rubbish",
+        "\u{16}\u{3}\u{1}\u{0}",
+    ] {
         let (mut writer, mut reader) = connect(node.address()).await.unwrap();
         writer.raw(request.as_bytes()).await.unwrap();
         let _ = writer.raw(b"Connection: close\r\n\r\n").await;
@@ -377,7 +436,11 @@ async fn headers_and_methods_that_make_no_sense_are_refused() {
         assert_eq!(client.send("GET", "/v1/status", &[("Origin", origin)], b"").await.refusal().0, 403);
     }
     // A charset, another case, and an id of the request that is not fit for a log.
-    let headers = [("content-type", "Application/JSON; charset=utf-8"), ("X-Request-Id", "s3cr3t s3cr3t"), ("Accept-Encoding", "gzip")];
+    let headers = [
+        ("content-type", "Application/JSON; charset=utf-8"),
+        ("X-Request-Id", "s3cr3t s3cr3t"),
+        ("Accept-Encoding", "gzip"),
+    ];
     let answer = client.send("POST", EVENTS, &headers, body.as_bytes()).await;
     assert_eq!(answer.status, 201);
     assert!(!answer.header("x-request-id").unwrap().contains(SECRET));
@@ -451,7 +514,11 @@ async fn numbers_come_back_as_they_were_sent_or_are_refused() {
         let lines = client.send("GET", &format!("{path}/events"), &[("Accept", "application/x-ndjson")], b"").await;
         same("lines", &lines.json()["data"]["n"]);
         let export = client.get(&format!("{path}/export")).await.text();
-        let line: Value = export.lines().map(|line| serde_json::from_str(line).unwrap()).find(|line: &Value| line["data"].is_object()).unwrap();
+        let line: Value = export
+            .lines()
+            .map(|line| serde_json::from_str(line).unwrap())
+            .find(|line: &Value| line["data"].is_object())
+            .unwrap();
         same("export", &line["data"]["n"]);
         let diff = client.get(&format!("{path}/diff?from=0&to=1")).await.text();
         assert!(diff.contains("18446744073709551615") && diff.contains("9007199254740993"), "{diff}");
@@ -469,9 +536,26 @@ async fn numbers_come_back_as_they_were_sent_or_are_refused() {
         }
     }
     drop((reader, writer));
-    for number in ["18446744073709551616", "-9223372036854775809", "1e400", "-1e400", "NaN", "Infinity", "-Infinity", "0x10", "01", "1.", ".5", "+1", &"9".repeat(100_000)] {
+    for number in [
+        "18446744073709551616",
+        "-9223372036854775809",
+        "1e400",
+        "-1e400",
+        "NaN",
+        "Infinity",
+        "-Infinity",
+        "0x10",
+        "01",
+        "1.",
+        ".5",
+        "+1",
+        &"9".repeat(100_000),
+    ] {
         let (status, code) = client.post("/v1/entities/account/refused/events", &event(number)).await.refusal();
-        assert!([400, 422].contains(&status) && ["invalid_data", "invalid_body"].contains(&&*code), "{number:.20}: {status} {code}");
+        assert!(
+            [400, 422].contains(&status) && ["invalid_data", "invalid_body"].contains(&&*code),
+            "{number:.20}: {status} {code}"
+        );
     }
     assert_eq!(version(node.address(), "/v1/entities/account/refused").await, 0);
     node.stop().await;
@@ -486,7 +570,10 @@ async fn a_body_that_is_cut_off_or_stands_still_does_nothing() {
         let (mut writer, reader) = connect(node.address()).await.unwrap();
         match cut {
             "length" => {
-                let head = format!("POST {EVENTS} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}", body.len() + 1);
+                let head = format!(
+                    "POST {EVENTS} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
+                    body.len() + 1
+                );
                 writer.raw(head.as_bytes()).await.unwrap();
             }
             _ => {
@@ -577,7 +664,8 @@ async fn a_thousand_connections_that_dawdle_are_closed_and_disturb_nobody() {
         });
     }
     let mut client = node.client();
-    let connections = async |client: &mut Client| client.get("/v1/status").await.json()["connections"].as_u64().unwrap();
+    let connections =
+        async |client: &mut Client| client.get("/v1/status").await.json()["connections"].as_u64().unwrap();
     until("all are connected", async || connections(&mut client).await >= CONNECTIONS as u64).await;
     let (reads, appends) = percentiles(node.address, SAMPLES).await;
     let still = connections(&mut client).await;
@@ -591,7 +679,11 @@ async fn a_thousand_connections_that_dawdle_are_closed_and_disturb_nobody() {
     while let Some(ended) = slow.join_next().await {
         let (is_closed, rest) = ended.unwrap();
         assert!(is_closed, "a connection was never closed");
-        assert!(rest.is_empty() || rest.starts_with(b"HTTP/1.1 408") || !rest.starts_with(b"HTTP/1.1 2"), "{:?}", String::from_utf8_lossy(&rest));
+        assert!(
+            rest.is_empty() || rest.starts_with(b"HTTP/1.1 408") || !rest.starts_with(b"HTTP/1.1 2"),
+            "{:?}",
+            String::from_utf8_lossy(&rest)
+        );
         closed += 1;
     }
     assert_eq!(closed, CONNECTIONS);
@@ -719,7 +811,10 @@ async fn a_client_that_does_not_read_takes_no_memory() {
             assert_eq!(reader.head().await.unwrap().status, 200);
             held.push((writer, reader));
         }
-        for _ in 0..10 { tokio::time::sleep(Duration::from_millis(200)).await; println!("{path} {}", node.rss()/MIB); }
+        for _ in 0..10 {
+            tokio::time::sleep(Duration::from_millis(200)).await;
+            println!("{path} {}", node.rss() / MIB);
+        }
     }
     println!("answers that nobody reads: {} MiB", (node.rss() - before) / MIB);
     // Appends whose outcomes nobody takes: the server stops to read them.
@@ -761,10 +856,12 @@ async fn a_client_that_does_not_read_takes_no_memory() {
 /// What is not a problem of the node's own is still none of the server's faults.
 #[test]
 fn an_answer_with_a_fault_of_the_server_is_found() {
-    let answer = |status: u16| Answer {
+    let answer = |status: u16| {
+        Answer {
         status,
         headers: vec![("content-type".to_owned(), "application/problem+json".to_owned())],
         body: json!({"status": status, "code": "x", "type": "urn:kuma:x", "title": "x", "detail": "x", "retry_safe": true}).to_string().into_bytes(),
+    }
     };
     assert_eq!(answer(400).refusal(), (400, "x".to_owned()));
     for status in [500, 503, 504] {

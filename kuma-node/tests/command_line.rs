@@ -209,7 +209,8 @@ fn tokens_are_made_used_listed_and_revoked() {
         succeeded(&words, output)
     };
     let operator = token(&["create", "--name", "operator", "--scopes", "admin,read"]).trim().to_owned();
-    let reader: Value = serde_json::from_str(&token(&["create", "--name", "reader", "--scopes", "read", "--json"])).unwrap();
+    let reader: Value =
+        serde_json::from_str(&token(&["create", "--name", "reader", "--scopes", "read", "--json"])).unwrap();
     let mut node = Node::start(Path::new(&data));
     assert_eq!(node.failure(&["audit"]).0, 1, "no token");
     assert!(node.text(&["status"]).starts_with("ok\n"), "a health check needs none");
@@ -230,7 +231,9 @@ fn tokens_are_made_used_listed_and_revoked() {
     assert!(token(&["revoke", "reader"]).contains("of reader"));
     node.process.signal(Signal::HUP);
     node.token = Some(reader["token"].as_str().unwrap().to_owned());
-    until("the revoked token is refused", || node.run(&["projections", "list"]).status.code().filter(|code| *code == 1));
+    until("the revoked token is refused", || {
+        node.run(&["projections", "list"]).status.code().filter(|code| *code == 1)
+    });
     assert!(!node.terminate().contains(&operator[14..]));
 }
 
@@ -239,13 +242,19 @@ fn an_entity_is_operated_from_its_first_event_to_its_receipt() {
     let (dir, data) = temporary();
     let node = Node::start(&data);
     let account = |verb, more: &[&'static str]| [&["entity", verb, "account", "a"], more].concat();
-    assert_eq!(node.text(&account("append", &["Deposited", r#"{"amount":1}"#, "--expect", "0"])), "appended: version 1\n");
+    assert_eq!(
+        node.text(&account("append", &["Deposited", r#"{"amount":1}"#, "--expect", "0"])),
+        "appended: version 1\n"
+    );
     let key = ["Deposited", r#"{"amount":2}"#, "--key", "k"];
     assert_eq!(node.json(&account("append", &key)), json!({"version": 2, "repeated": false, "key": "k"}));
     assert_eq!(node.json(&account("append", &key)), json!({"version": 2, "repeated": true, "key": "k"}));
     let (code, told) = node.failure(&account("append", &["Deposited", "1", "--expect", "0"]));
     assert!(code == 1 && told.starts_with("error: "), "{told}");
-    assert_eq!(node.json(&account("show", &[])), json!({"kind": "account", "id": "a", "version": 2, "state": {"amount": 2}}));
+    assert_eq!(
+        node.json(&account("show", &[])),
+        json!({"kind": "account", "id": "a", "version": 2, "state": {"amount": 2}})
+    );
     assert!(node.text(&account("show", &[])).starts_with("account/a at version 2\n"));
     assert_eq!(node.json(&account("at", &["--version", "1"]))["state"], json!({"amount": 1}));
     let history = node.json_lines(&account("history", &[]));
@@ -320,13 +329,18 @@ fn files_of_projections_are_taken_over_while_the_node_runs() {
     fs::write(files.join("balances.sql"), BALANCES.replace("INSERT INTO balance", "INSERT INTO blance")).unwrap();
     let problem = until("the broken file is told of", || {
         let list = node.json(&["projections", "list"]);
-        list["refused_files"].as_array()?.iter().find(|file| file["file"] == "balances.sql")?["problem"].as_str().map(str::to_owned)
+        list["refused_files"].as_array()?.iter().find(|file| file["file"] == "balances.sql")?["problem"]
+            .as_str()
+            .map(str::to_owned)
     });
     assert!(problem.contains("blance"), "{problem}");
     node.append("a", 1);
     query("balances", "SELECT amount FROM balance WHERE account = 'a' -- again", json!([{"amount": 8}]));
     let listed = node.run(&["projections", "list"]);
-    assert!(String::from_utf8(listed.stderr).unwrap().contains("balances.sql"), "what is wrong is told beside the table");
+    assert!(
+        String::from_utf8(listed.stderr).unwrap().contains("balances.sql"),
+        "what is wrong is told beside the table"
+    );
     fs::write(files.join("balances.sql"), BALANCES).unwrap();
     until("it is mended", || (node.json(&["projections", "list"])["refused_files"] == json!([])).then_some(()));
 
@@ -403,7 +417,17 @@ fn a_backup_becomes_a_store_again() {
     let (events, keys, ledger) = (daily.join("events"), daily.join("keys"), daily.join("ledger"));
     let master_key = data.join("master.key");
     let restore = [
-        "restore", path(&events), "--keys", path(&keys), "--ledger", path(&ledger), "--data", path(&restored), "--master-key", path(&master_key), "--json",
+        "restore",
+        path(&events),
+        "--keys",
+        path(&keys),
+        "--ledger",
+        path(&ledger),
+        "--data",
+        path(&restored),
+        "--master-key",
+        path(&master_key),
+        "--json",
     ];
     let text = succeeded(&restore, program().args(restore).output().unwrap());
     let report: Value = serde_json::from_str(&text).unwrap();
@@ -436,7 +460,10 @@ fn what_was_exported_is_imported_once() {
     let report = node.json(&["import", path(&file)]);
     assert_eq!((&report["events"], &report["new_events"]), (&json!(12), &json!(12)));
     let again = node.json(&["import", path(&file)]);
-    assert_eq!((&again["events"], &again["new_events"], &again["repeated_events"]), (&json!(12), &json!(0), &json!(12)));
+    assert_eq!(
+        (&again["events"], &again["new_events"], &again["repeated_events"]),
+        (&json!(12), &json!(0), &json!(12))
+    );
     assert!(node.text(&["import", path(&file)]).contains("nothing was new"));
     assert_eq!(node.json(&["entity", "show", "account", "a2"])["state"], state["state"]);
     assert_eq!(node.failure(&["import", "-"]).0, 2, "standard input has no name");
@@ -452,14 +479,23 @@ fn how_it_ended_is_in_the_exit_code() {
     let url = format!("http://{}", listener.local_addr().unwrap());
     drop(listener);
     let code = |words: &[&str]| failed(program().args(words).stdin(Stdio::null()).output().unwrap());
-    for verb in [&["status"][..], &["verify"], &["audit"], &["entity", "show", "a", "b"], &["bench", "--seconds", "1"], &["subscriptions", "tail"]] {
+    for verb in [
+        &["status"][..],
+        &["verify"],
+        &["audit"],
+        &["entity", "show", "a", "b"],
+        &["bench", "--seconds", "1"],
+        &["subscriptions", "tail"],
+    ] {
         let (code, told) = code(&[verb, &["--url", &url]].concat());
         assert!(code == 3 && told.contains(&url), "{verb:?}: {code}: {told}");
     }
     let (three, told) = code(&["status", "--json", "--url", &url]);
     let told: Value = serde_json::from_str(&told).unwrap();
     assert_eq!((three, &told["exit"]), (3, &json!(3)));
-    for wrong in [&["nothing"][..], &["entity", "show", "a"], &["status", "--url", "nowhere"], &["start", "--listen", "here"]] {
+    for wrong in
+        [&["nothing"][..], &["entity", "show", "a"], &["status", "--url", "nowhere"], &["start", "--listen", "here"]]
+    {
         let (code, told) = code(wrong);
         assert!(matches!(code, 1 | 2) && !told.contains("panicked"), "{wrong:?}: {code}: {told}");
     }
@@ -480,7 +516,9 @@ fn settings_and_completions_are_printed_without_a_node() {
         succeeded(&["config"], command.output().unwrap())
     };
     let settings: Value = serde_json::from_str(&config(&["--json"])).unwrap();
-    let of = |name: &str| settings["settings"].as_array().unwrap().iter().find(|setting| setting["name"] == name).unwrap().clone();
+    let of = |name: &str| {
+        settings["settings"].as_array().unwrap().iter().find(|setting| setting["name"] == name).unwrap().clone()
+    };
     assert_eq!((&of("data")["value"], &of("data")["origin"]["from"]), (&json!("here"), &json!("flag")));
     assert_eq!(of("shards")["origin"]["variable"], "KUMA_SHARDS");
     assert_eq!(of("listen")["origin"]["from"], "file");
@@ -496,7 +534,9 @@ impl Stream {
         let address = node.url.strip_prefix("http://").unwrap();
         let mut stream = TcpStream::connect(address).unwrap();
         stream.set_read_timeout(Some(DEADLINE)).unwrap();
-        let head = format!("POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/x-ndjson\r\ntransfer-encoding: chunked\r\n\r\n");
+        let head = format!(
+            "POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/x-ndjson\r\ntransfer-encoding: chunked\r\n\r\n"
+        );
         stream.write_all(head.as_bytes()).unwrap();
         Stream(stream)
     }
@@ -561,7 +601,8 @@ fn killed_under_load_it_comes_back_whole() {
     let report = node.json(&["bench", "--seconds", "1", "--connections", "4", "--entities", "100"]);
     assert!(report["events"].as_u64().unwrap() > 0 && report["failures"] == 0, "{report}");
     let mut bench = {
-        let child = node.command(&["bench", "--seconds", "60", "--connections", "8", "--stream", "100", "--entities", "100"]);
+        let child =
+            node.command(&["bench", "--seconds", "60", "--connections", "8", "--stream", "100", "--entities", "100"]);
         let mut child = { child }.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
         let stderr = child.stderr.take().unwrap();
         Process::of(child, stderr)

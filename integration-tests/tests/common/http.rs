@@ -76,14 +76,21 @@ impl Node {
 pub(crate) struct NodeProcess {
     child: Child,
     pub(crate) address: SocketAddr,
-    _dir: TempDir,
+    arguments: Vec<String>,
+    dir: TempDir,
 }
 
 impl NodeProcess {
     pub(crate) async fn start(arguments: &[&str]) -> NodeProcess {
         let dir = directory();
+        let arguments: Vec<String> = arguments.iter().map(|argument| (*argument).to_owned()).collect();
+        let (child, address) = NodeProcess::launch(dir.path(), &arguments).await;
+        NodeProcess { child, address, arguments, dir }
+    }
+
+    async fn launch(data: &Path, arguments: &[String]) -> (Child, SocketAddr) {
         let mut child = Command::new(env!("CARGO_BIN_EXE_node_child"))
-            .arg(dir.path())
+            .arg(data)
             .args(arguments)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -96,7 +103,18 @@ impl NodeProcess {
             line
         });
         let address = soon("the server starts", line).await.unwrap().trim().parse().unwrap();
-        NodeProcess { child, address, _dir: dir }
+        (child, address)
+    }
+
+    /// Ends it at once, as `kill -9` does.
+    pub(crate) fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    /// Starts it again on its directory, after [`NodeProcess::kill`]. It has another address.
+    pub(crate) async fn start_again(&mut self) {
+        (self.child, self.address) = NodeProcess::launch(self.dir.path(), &self.arguments).await;
     }
 
     pub(crate) fn client(&self) -> Client {

@@ -26,7 +26,9 @@ pub(super) async fn run(session: &Session) -> anyhow::Result<Exit> {
     let status = match status {
         Ok(status) => status,
         Err(error) => {
-            let is_denied = error.as_ref().is_none_or(|error| error.problem().is_some_and(|problem| matches!(problem.status, 401 | 403)));
+            let is_denied = error
+                .as_ref()
+                .is_none_or(|error| error.problem().is_some_and(|problem| matches!(problem.status, 401 | 403)));
             // A node that starts or stops may say no more than that.
             if let Some(error) = error.filter(|_| is_ready && !is_denied) {
                 return Err(error.into());
