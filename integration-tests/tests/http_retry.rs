@@ -462,12 +462,12 @@ async fn an_import_by_the_command_line_appends_each_line_once_through_cuts_and_t
     const LINES_COUNT: u64 = 20_000;
     let seed = seed("an_import_by_the_command_line_appends_each_line_once_through_cuts_and_the_death_of_the_server");
     let (mut node, dir) = (NodeProcess::start(&[]).await, directory());
-    let proxy = Proxy::cutting(node.address, seed, 2 << 20, 3).await;
+    let proxy = Proxy::cutting(node.address, seed, 256 << 10, 3).await;
     let file = dir.path().join("lines.ndjson");
     let line = |n| json!({"kind": "ledger", "id": format!("e-{}", n % ENTITIES), "type": "Noted", "data": {"n": n}});
     let text: String = (0..LINES_COUNT).map(|n| format!("{}\n", line(n))).collect();
     std::fs::write(&file, text).unwrap();
-    let import = async || {
+    let import = || {
         let child = Command::new(env!("CARGO_BIN_EXE_cli_child"))
             .args(["--json", "--url", &format!("http://{}", proxy.address), "import"])
             .arg(&file)
@@ -478,7 +478,7 @@ async fn an_import_by_the_command_line_appends_each_line_once_through_cuts_and_t
             .unwrap();
         tokio::task::spawn_blocking(move || child.wait_with_output().unwrap())
     };
-    let importing = import().await;
+    let importing = import();
     // Once when it comes for the first time, and once when something of it is there.
     until("the import begins", async || proxy.connections() > 0).await;
     node.kill();
@@ -505,7 +505,7 @@ async fn an_import_by_the_command_line_appends_each_line_once_through_cuts_and_t
         assert!(found.eq((1..).zip((entity..LINES_COUNT).step_by(ENTITIES as usize))), "e-{entity}");
     }
     // Whole, and once more.
-    let output = import().await.await.unwrap();
+    let output = import().await.unwrap();
     let report: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!((&report["events"], &report["new_events"]), (&json!(LINES_COUNT), &json!(0)), "{report}");
 }
