@@ -20,6 +20,10 @@ use std::{
 use common::until;
 use http::{Answer, Client, JSON, LINES, Node, NodeProcess, PACK, Reader, Writer, check_problem, connect, soon};
 use integration_tests::seed;
+use kuma_node::{
+    ClientOptions,
+    client::{Begin, SubscriptionStep},
+};
 use proxy::Proxy;
 use serde_json::{Value, json};
 
@@ -329,7 +333,7 @@ async fn of_a_client_that_goes_away_what_was_told_is_there_and_nothing_is_half_t
             assert_eq!(outcomes.version().await, 3 * (n + 1));
         }
         drop((writer, outcomes));
-        // What is on its way lands behind what is asked for now; this is behind all of it.
+        // What is on its way may still land. Whenever one looks, it is whole.
         let mut last = 0;
         until("nothing comes any more", async || {
             let now = history(node.address(), id).await.len();
@@ -593,7 +597,6 @@ async fn a_subscription_is_told_of_the_kinds_and_events_that_it_asks_for() {
         ("account.v2", "Closed"),
         ("account", "Opened"),
     ] {
-        // One entity each, in one slot each: followers are told in the order of their commits only within an entity.
         post(address, kind, "e", event).await;
     }
     let expected = [
@@ -604,6 +607,7 @@ async fn a_subscription_is_told_of_the_kinds_and_events_that_it_asks_for() {
     ];
     for (follower, expected) in followers.iter_mut().zip(&expected) {
         let mut found = Vec::new();
+        // Between entities there is no order.
         for _ in 0..expected.len() {
             let said = follower.next().await;
             found.push(format!("{}.{}", said.data["kind"].as_str().unwrap(), said.data["type"].as_str().unwrap()));
@@ -642,7 +646,7 @@ async fn a_subscription_begins_where_it_is_told_to() {
     let mut also_now = Follower::to(&node, "?from=now").await;
     let mut beginning = Follower::to(&node, "?from=beginning").await;
     let mut time = Follower::to(&node, &format!("?from={at}")).await;
-    // A time far behind and one far ahead.
+    // A time far behind, in another zone.
     let mut past = Follower::to(&node, "?from=1999-01-01T00:00:00%2B02:00").await;
     assert_eq!(beginning.types(1).await, ["First"]);
     let mut checkpoint = Follower::to(&node, &format!("?from={}", beginning.last_id)).await;
@@ -808,5 +812,46 @@ async fn a_server_that_stops_ends_its_subscriptions_and_they_go_on_where_they_we
         all += expected.len() as u64;
     }
     assert!(all >= told.load(SeqCst) + 3);
+    node.stop().await;
+}
+
+/// As the command line follows: by the client, which goes on by itself.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_client_follows_through_cuts_and_another_server() {
+    let seed = seed("the_client_follows_through_cuts_and_another_server");
+    let node = Node::start(|_| {}).await;
+    let proxy = Proxy::cutting(node.address(), seed, 8 << 10, 4).await;
+    let appends: Vec<Value> = (0..200).map(|n| append("e", &n.to_string(), 2)).collect();
+    let (first, second) = appends.split_at(100);
+    assert_eq!(codes(node.address(), Form::Lines, &Form::Lines.all(first)).await, vec!["ok"; 100]);
+    let options = ClientOptions { url: format!("http://{}", proxy.address), ..ClientOptions::default() };
+    let client = kuma_node::Client::new(&options).unwrap();
+    let mut subscription = client.subscribe(&["ledger".to_owned()], &[], Begin::Beginning);
+    let (mut found, mut cuts) = (BTreeSet::new(), 0);
+    let mut follow = async |until: usize| {
+        while found.len() < until {
+            match soon("the next step", subscription.next()).await {
+                Ok(SubscriptionStep::Message(message)) => {
+                    let data: Value = serde_json::from_str(&message.data).unwrap();
+                    let version = data["version"].as_u64().unwrap();
+                    let is_next = found.last().map_or(1, |last| last + 1) == version;
+                    // The first of a commit may come again, if it was cut behind it.
+                    assert!(is_next || (found.last() == Some(&version) && version % 2 == 1), "{version}");
+                    found.insert(version);
+                }
+                Ok(SubscriptionStep::Connected) => {}
+                Ok(SubscriptionStep::Lost { .. }) => cuts += 1,
+                // Nobody was there the first time.
+                Err(error) => assert!(error.is_unavailable() && found.is_empty(), "{error}"),
+            }
+        }
+    };
+    follow(200).await;
+    let node = Node::in_directory(node.stop().await, |_| {}).await;
+    proxy.point_to(node.address());
+    assert_eq!(codes(node.address(), Form::Lines, &Form::Lines.all(second)).await, vec!["ok"; 100]);
+    follow(400).await;
+    println!("{cuts} times lost, cut: {:?}", proxy.cuts());
+    assert!(cuts > 0);
     node.stop().await;
 }

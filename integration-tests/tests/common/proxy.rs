@@ -77,11 +77,6 @@ impl Proxy {
         *self.shared.target.lock() = target;
     }
 
-    /// From now on it cuts no new connection.
-    pub(crate) fn calm(&self) {
-        self.shared.left.store(0, SeqCst);
-    }
-
     pub(crate) fn connections(&self) -> u64 {
         self.shared.connections.load(SeqCst)
     }
