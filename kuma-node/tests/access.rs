@@ -181,7 +181,8 @@ async fn each_operation_needs_its_scope_and_no_other_will_do() {
     }
     let mut written: Vec<_> =
         OPERATIONS.iter().map(|(method, path, _)| ((*method).to_owned(), (*path).to_owned())).collect();
-    (documented.sort(), written.sort());
+    documented.sort();
+    written.sort();
     assert_eq!(documented, written, "the document and the table of this test have the same operations");
 
     let mut asked = Vec::new();
@@ -259,7 +260,7 @@ async fn a_denial_is_in_the_audit_log_when_it_is_answered() {
         times: 1,
     };
     let scope = denial(Some("only-admin"), "the token does not have the scope");
-    assert_eq!(node.denials().await.0, [scope.clone()]);
+    assert_eq!(node.denials().await.0, std::slice::from_ref(&scope));
     assert_eq!(node.status("DELETE", erase, None).await, StatusCode::UNAUTHORIZED);
     assert_eq!(node.denials().await.0, [scope.clone(), denial(None, "no token")]);
     let unknown = format!("{}x", &texts.of(Scope::Erase)[..texts.of(Scope::Erase).len() - 1]);
