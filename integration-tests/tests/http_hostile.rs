@@ -68,8 +68,8 @@ async fn a_body_of_a_gibibyte_is_refused_and_takes_no_memory() {
         let (mut writer, mut reader) = connect(node.address).await.unwrap();
         writer.begin("POST", path, &[content_type]).await.unwrap();
         if content_type == PACK {
-            // A text of 4 GiB.
-            writer.chunk(&[0xdb, 0xff, 0xff, 0xff, 0xff]).await.unwrap();
+            // A map with a text of 4 GiB.
+            writer.chunk(&[0x81, 0xdb, 0xff, 0xff, 0xff, 0xff]).await.unwrap();
         }
         let pouring = tokio::spawn(pour(writer, 1024, true));
         match reader.answer().await {

@@ -408,7 +408,7 @@ struct Outcomes {
 impl Outcomes {
     fn next(&mut self) -> Option<Result<(), String>> {
         let end = match self.message_pack {
-            true => crate::msgpack::Boundary::default().find(&self.bytes)?,
+            true => crate::msgpack::Boundary::default().find(&self.bytes).ok().flatten()?,
             false => memchr::memchr(b'\n', &self.bytes)? + 1,
         };
         let outcome = self.bytes.split_to(end);

@@ -27,6 +27,9 @@ pub(crate) enum Malformed {
     /// A value cannot be kept as data.
     #[error("{0}")]
     Unfit(#[from] Unfit),
+    /// A byte means nothing.
+    #[error("a byte stands there that means nothing in MessagePack")]
+    Reserved,
     /// A value has no JSON form.
     #[error("the data of an event has {0}, which JSON does not have")]
     NotJson(&'static str),
@@ -192,6 +195,11 @@ fn finite(number: f64) -> Result<(), Malformed> {
     if number.is_finite() { Ok(()) } else { Err(Malformed::NotJson("a number that is not finite")) }
 }
 
+/// Whether a map begins with this byte.
+pub(crate) fn begins_map(byte: u8) -> bool {
+    matches!(Marker::from_u8(byte), Marker::FixMap(_) | Marker::Map16 | Marker::Map32)
+}
+
 /// Finds where one value of a stream ends, however it is cut into pieces; no byte is looked at twice.
 #[derive(Debug)]
 pub(crate) struct Boundary {
@@ -210,49 +218,61 @@ impl Default for Boundary {
 impl Boundary {
     /// How many bytes at the beginning of `bytes` are the value; none if more of it has to come. It is asked again with the same bytes and
     /// more behind them.
-    pub(crate) fn find(&mut self, bytes: &[u8]) -> Option<usize> {
+    ///
+    /// # Errors
+    /// They are no MessagePack: where the next value begins is not known.
+    pub(crate) fn find(&mut self, bytes: &[u8]) -> Result<Option<usize>, Malformed> {
         while self.left > 0 {
-            let marker = Marker::from_u8(*bytes.get(self.at)?);
-            let number = |width: usize| -> Option<u64> {
-                let bytes = bytes.get(self.at + 1..self.at + 1 + width)?;
-                Some(bytes.iter().fold(0, |number, byte| number << 8 | u64::from(*byte)))
-            };
-            // Bytes behind the marker, and values within.
-            let (width, within): (u64, u64) = match marker {
-                Marker::Null | Marker::True | Marker::False | Marker::FixPos(_) | Marker::FixNeg(_) => (0, 0),
-                Marker::Reserved => (0, 0),
-                Marker::U8 | Marker::I8 => (1, 0),
-                Marker::U16 | Marker::I16 | Marker::FixExt1 => (2, 0),
-                Marker::FixExt2 => (3, 0),
-                Marker::U32 | Marker::I32 | Marker::F32 => (4, 0),
-                Marker::FixExt4 => (5, 0),
-                Marker::U64 | Marker::I64 | Marker::F64 => (8, 0),
-                Marker::FixExt8 => (9, 0),
-                Marker::FixExt16 => (17, 0),
-                Marker::FixStr(bytes) => (bytes.into(), 0),
-                Marker::Str8 | Marker::Bin8 => (1 + number(1)?, 0),
-                Marker::Str16 | Marker::Bin16 => (2 + number(2)?, 0),
-                Marker::Str32 | Marker::Bin32 => (4 + number(4)?, 0),
-                Marker::Ext8 => (2 + number(1)?, 0),
-                Marker::Ext16 => (3 + number(2)?, 0),
-                Marker::Ext32 => (5 + number(4)?, 0),
-                Marker::FixArray(items) => (0, items.into()),
-                Marker::Array16 => (2, number(2)?),
-                Marker::Array32 => (4, number(4)?),
-                Marker::FixMap(fields) => (0, 2 * u64::from(fields)),
-                Marker::Map16 => (2, 2 * number(2)?),
-                Marker::Map32 => (4, 2 * number(4)?),
-            };
-            let end = self.at.checked_add(1)?.checked_add(usize::try_from(width).ok()?)?;
-            if end > bytes.len() {
-                return None;
+            let Some(marker) = bytes.get(self.at).map(|byte| Marker::from_u8(*byte)) else { return Ok(None) };
+            if marker == Marker::Reserved {
+                return Err(Malformed::Reserved);
             }
+            let Some((end, within)) = self.step(marker, bytes).filter(|(end, _)| *end <= bytes.len()) else {
+                return Ok(None);
+            };
             self.at = end;
             self.left = (self.left - 1).saturating_add(within);
         }
         let found = self.at;
         *self = Boundary::default();
-        Some(found)
+        Ok(Some(found))
+    }
+
+    /// Where the value that begins with `marker` ends, but for the values within, and how many these are; none if more has to come to tell.
+    fn step(&self, marker: Marker, bytes: &[u8]) -> Option<(usize, u64)> {
+        let number = |width: usize| -> Option<u64> {
+            let bytes = bytes.get(self.at + 1..self.at + 1 + width)?;
+            Some(bytes.iter().fold(0, |number, byte| number << 8 | u64::from(*byte)))
+        };
+        // Bytes behind the marker, and values within.
+        let (width, within): (u64, u64) = match marker {
+            Marker::Null | Marker::True | Marker::False | Marker::FixPos(_) | Marker::FixNeg(_) | Marker::Reserved => {
+                (0, 0)
+            }
+            Marker::U8 | Marker::I8 => (1, 0),
+            Marker::U16 | Marker::I16 | Marker::FixExt1 => (2, 0),
+            Marker::FixExt2 => (3, 0),
+            Marker::U32 | Marker::I32 | Marker::F32 => (4, 0),
+            Marker::FixExt4 => (5, 0),
+            Marker::U64 | Marker::I64 | Marker::F64 => (8, 0),
+            Marker::FixExt8 => (9, 0),
+            Marker::FixExt16 => (17, 0),
+            Marker::FixStr(bytes) => (bytes.into(), 0),
+            Marker::Str8 | Marker::Bin8 => (1 + number(1)?, 0),
+            Marker::Str16 | Marker::Bin16 => (2 + number(2)?, 0),
+            Marker::Str32 | Marker::Bin32 => (4 + number(4)?, 0),
+            Marker::Ext8 => (2 + number(1)?, 0),
+            Marker::Ext16 => (3 + number(2)?, 0),
+            Marker::Ext32 => (5 + number(4)?, 0),
+            Marker::FixArray(items) => (0, items.into()),
+            Marker::Array16 => (2, number(2)?),
+            Marker::Array32 => (4, number(4)?),
+            Marker::FixMap(fields) => (0, 2 * u64::from(fields)),
+            Marker::Map16 => (2, 2 * number(2)?),
+            Marker::Map32 => (4, 2 * number(4)?),
+        };
+        let end = self.at.checked_add(1)?.checked_add(usize::try_from(width).ok()?)?;
+        Some((end, within))
     }
 }
 
@@ -312,7 +332,7 @@ mod tests {
         assert!(data(&nested(127)).is_ok());
         assert_eq!(data(&nested(128)), Err(Malformed::Unfit(Unfit::TooDeep)));
         assert_eq!(data(&nested(1_000_000)), Err(Malformed::Unfit(Unfit::TooDeep)));
-        assert_eq!(Boundary::default().find(&nested(1_000_000)), Some(1_000_001));
+        assert_eq!(Boundary::default().find(&nested(1_000_000)), Ok(Some(1_000_001)));
     }
 
     #[test]
@@ -321,7 +341,7 @@ mod tests {
             [&[0xdd, 0xff, 0xff, 0xff, 0xff][..], &[0xdf, 0xff, 0xff, 0xff, 0xff], &[0xdb, 0xff, 0xff, 0xff, 0xff]]
         {
             assert_eq!(data(bytes), Err(Malformed::Ends));
-            assert_eq!(Boundary::default().find(bytes), None);
+            assert_eq!(Boundary::default().find(bytes), Ok(None));
         }
     }
 
@@ -349,7 +369,7 @@ mod tests {
             let (mut begin, mut end, mut boundary, mut found) = (0, 0, Boundary::default(), Vec::new());
             while end < stream.len() {
                 end = (end + step).min(stream.len());
-                while let Some(bytes) = boundary.find(&stream[begin..end]) {
+                while let Some(bytes) = boundary.find(&stream[begin..end]).unwrap() {
                     found.push(stream[begin..begin + bytes].to_vec());
                     begin += bytes;
                 }
@@ -364,7 +384,7 @@ mod tests {
         fn arbitrary_bytes_do_no_harm(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
             let end = Boundary::default().find(&bytes);
             if let Ok(length) = data(&bytes) {
-                prop_assert_eq!(end, Some(length));
+                prop_assert_eq!(end, Ok(Some(length)));
             }
         }
     }

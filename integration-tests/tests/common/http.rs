@@ -212,7 +212,10 @@ pub(crate) struct Problem {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Left {
     Bytes(u64),
+    /// Chunks, of which the next one begins.
     Chunks,
+    /// So much of a chunk, and then others.
+    Chunk(u64),
     Close,
     Nothing,
 }
@@ -323,36 +326,44 @@ impl Reader {
         }
     }
 
-    /// The next piece of a body; none at its end.
+    /// The next piece of a body, as much of it as has come; none at its end.
     pub(crate) async fn piece(&mut self) -> io::Result<Option<Vec<u8>>> {
+        if self.left == Left::Chunk(0) {
+            self.text_line().await?;
+            self.left = Left::Chunks;
+        }
+        if self.left == Left::Chunks {
+            let line = self.text_line().await?;
+            self.left = match u64::from_str_radix(&line, 16).map_err(|_| malformed(&line))? {
+                0 => {
+                    self.text_line().await?;
+                    Left::Nothing
+                }
+                bytes => Left::Chunk(bytes),
+            };
+        }
         let wanted = match self.left {
             Left::Nothing | Left::Bytes(0) => {
                 self.left = Left::Nothing;
                 return Ok(None);
             }
-            Left::Bytes(bytes) => bytes.min(64 << 10) as usize,
             Left::Close => {
                 let mut piece = Vec::new();
                 timeout(LONG, self.half.read_to_end(&mut piece)).await??;
                 self.left = Left::Nothing;
                 return Ok(Some(piece));
             }
-            Left::Chunks => {
-                let line = self.text_line().await?;
-                usize::from_str_radix(&line, 16).map_err(|_| malformed(&line))?
-            }
+            Left::Bytes(bytes) | Left::Chunk(bytes) => bytes.min(64 << 10) as usize,
+            Left::Chunks => 0,
         };
         let mut piece = vec![0; wanted];
-        timeout(LONG, self.half.read_exact(&mut piece)).await??;
-        match &mut self.left {
-            Left::Bytes(bytes) => *bytes -= wanted as u64,
-            _ => {
-                self.text_line().await?;
-                if wanted == 0 {
-                    self.left = Left::Nothing;
-                    return Ok(None);
-                }
-            }
+        let read = timeout(LONG, self.half.read(&mut piece)).await??;
+        if read == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        piece.truncate(read);
+        if let Left::Bytes(bytes) | Left::Chunk(bytes) = &mut self.left {
+            *bytes -= read as u64;
         }
         Ok(Some(piece))
     }

@@ -50,7 +50,8 @@ struct Shared {
 }
 
 impl Proxy {
-    /// Cuts every connection to `target`, behind `bytes_max` bytes at the latest. It is for the clients to come through in spite of it.
+    /// Cuts every connection to `target`, behind `bytes_max` bytes of what comes down at the latest. It is for the clients to get through in
+    /// spite of it.
     pub(crate) async fn start(target: SocketAddr, seed: u64, bytes_max: u64) -> Proxy {
         Proxy::cutting(target, seed, bytes_max, u64::MAX).await
     }
@@ -74,11 +75,6 @@ impl Proxy {
     /// From now on it connects to another server.
     pub(crate) fn point_to(&self, target: SocketAddr) {
         *self.shared.target.lock() = target;
-    }
-
-    /// From now on it cuts no new connection.
-    pub(crate) fn calm(&self) {
-        self.shared.left.store(0, SeqCst);
     }
 
     pub(crate) fn connections(&self) -> u64 {
@@ -135,8 +131,9 @@ async fn carry(client: TcpStream, shared: Arc<Shared>) {
             count(0);
             return;
         }
-        Cut::WithinRequest(bytes) => (bytes, u64::MAX),
+        Cut::WithinRequest(bytes) => (bytes, shared.bytes_max),
         Cut::BehindRequest => (u64::MAX, 0),
+        // Of a client that sends everything at once, nothing would get through with a limit here.
         Cut::WithinAnswer(bytes) => (u64::MAX, bytes),
         Cut::Never => (u64::MAX, u64::MAX),
     };
@@ -146,22 +143,23 @@ async fn carry(client: TcpStream, shared: Arc<Shared>) {
     let ((client_read, client_write), (server_read, server_write)) = (client.into_split(), server.into_split());
     let down = async {
         let end = pump(server_read, client_write, down).await;
+        if matches!(end, End::Cut) {
+            count(if matches!(cut, Cut::BehindRequest) { 2 } else { 3 });
+        }
         // Nothing is of use any more when the server has hung up.
-        Err::<(), End>(end)
+        Err::<(), ()>(())
     };
     let up = async {
         match pump(client_read, server_write, up).await {
             End::Closed => Ok(()),
-            cut => Err(cut),
+            End::Cut => {
+                count(1);
+                Err(())
+            }
         }
     };
-    if let Err(End::Cut) = tokio::try_join!(up, down) {
-        match cut {
-            Cut::WithinRequest(_) => count(1),
-            Cut::BehindRequest => count(2),
-            _ => count(3),
-        };
-    }
+    // The first that fails drops the other, and with it the connections.
+    let _ = tokio::try_join!(up, down);
 }
 
 enum End {

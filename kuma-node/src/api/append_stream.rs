@@ -11,7 +11,8 @@
 //! - Outcomes come in the order of the messages.
 //! - Nothing waits for an entity that is not in memory but what is for the same entity.
 //! - Memory is bounded: by the messages on their way, and by their bytes. Whoever does not read outcomes is not read from either.
-//! - When the server stops, no more is read; what was read is answered.
+//! - When the server stops, no more is read; what was read is answered, and then the first that was not.
+//! - MessagePack that is none ends the stream: nothing says where the next message begins. A line that is no JSON ends at its end.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -38,7 +39,7 @@ use crate::{
     access::{self, May},
     append_body::{Append, Encoding, invalid},
     body::encoding,
-    msgpack::Boundary,
+    msgpack::{Boundary, Malformed, begins_map},
     node::Node,
     problem::Problem,
     wire,
@@ -204,7 +205,10 @@ async fn read(node: Arc<Node>, mut body: Body, encoding: Encoding, on_the_way: m
             Ok(None) => {
                 let frame = tokio::select! {
                     biased;
-                    () = node.stopping.cancelled() => return,
+                    () = node.stopping.cancelled() => {
+                        tell(&on_the_way, n + 1, Problem::stopping()).await;
+                        return;
+                    }
                     () = on_the_way.closed() => return,
                     frame = tokio::time::timeout(IDLE, body.frame()) => frame,
                 };
@@ -381,7 +385,15 @@ impl Cutter {
     fn next(&mut self) -> Result<Option<Bytes>, Problem> {
         loop {
             let end = match self.encoding {
-                Encoding::MessagePack => self.boundary.find(&self.bytes),
+                Encoding::MessagePack => {
+                    let lost = |why| {
+                        invalid(format!("{why}: where the next message begins is not known, and the stream ends here"))
+                    };
+                    if self.bytes.first().is_some_and(|first| !begins_map(*first)) {
+                        return Err(lost(Malformed::Not("a map").to_string()));
+                    }
+                    self.boundary.find(&self.bytes).map_err(|malformed| lost(malformed.to_string()))?
+                }
                 Encoding::Json => {
                     let from = self.looked.min(self.bytes.len());
                     let end = memchr::memchr(b'\n', self.bytes.get(from..).unwrap_or_default());
@@ -443,8 +455,8 @@ mod tests {
     fn a_message_without_end_is_refused_before_it_fills_the_memory() {
         for encoding in [Encoding::Json, Encoding::MessagePack] {
             let mut cutter = Cutter::new(encoding, 100);
-            // A text of 4 GiB, if one believes it.
-            cutter.push(&[0xdb, 0xff, 0xff, 0xff, 0xff]);
+            // A map with a text of 4 GiB, if one believes it.
+            cutter.push(&[0x81, 0xdb, 0xff, 0xff, 0xff, 0xff]);
             assert!(cutter.next().unwrap().is_none());
             cutter.push(&[b'x'; 100]);
             assert_eq!(cutter.next().unwrap_err().code(), "body_too_large");
