@@ -125,8 +125,8 @@ pub use import::{Import, ImportError, ImportProblem, ImportProgress, ImportRepor
 pub use kind_options::KindOptions;
 pub use kuma_crypto::{LocalMasterKey, MasterKey, MasterKeyError, PublicKey};
 pub use kuma_shard::{
-    CommitError, CopyError, DataDirError, Durability, EntityHash, ModelError, NotWritten, OpenError, QueryError,
-    ReadError as StorageError, ShardReport, Skipped, Slot, StatsView, rusqlite,
+    CommitError, CopyError, DataDirError, DiskId, Durability, EntityHash, Epoch, ModelError, NotWritten, OpenError,
+    QueryError, ReadError as StorageError, SLOTS, ShardReport, Skipped, Slot, StatsView, rusqlite,
 };
 pub use ledger::{LedgerError, LedgerSummary};
 pub use model_dir::ModelBuild;

@@ -88,7 +88,7 @@ impl fmt::Display for Epoch {
 }
 
 /// The random name of a data directory: new at creation and at every restore.
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct DiskId(pub [u8; 16]);
 
 impl DiskId {
