@@ -10,13 +10,14 @@ use std::{
 use cargo_metadata::{Metadata, MetadataCommand, Package};
 
 /// Which crates of the workspace each crate may use. What is not here may use none.
-const ARROWS: [(&str, &[&str]); 6] = [
+const ARROWS: [(&str, &[&str]); 7] = [
     ("kuma-core", &["kuma-crypto", "kuma-shard"]),
     ("kuma-cluster", &["kuma-core"]),
     ("kuma-node", &["kuma-cluster", "kuma-core"]),
     ("kuma-bench", &["kuma-crypto", "kuma-shard", "kuma-core", "kuma-cluster", "kuma-node"]),
     ("integration-tests", &["kuma-crypto", "kuma-shard", "kuma-core", "kuma-cluster", "kuma-node", "power-loss"]),
     ("power-loss", &[]),
+    ("handoff-model", &["kuma-core", "kuma-cluster"]),
 ];
 
 /// Crates from outside that belong to certain crates alone.

@@ -1,0 +1,161 @@
+//! The rules of the handoff hold in every order of events, and each of them is needed.
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+use std::time::Duration;
+
+use handoff_model::{Model, Mutant, Verdict, check, counterexample};
+use kuma_cluster::{Safeguard, Safeguards};
+
+/// Longer than any of them takes.
+const LONG: Duration = Duration::from_secs(600);
+
+#[track_caller]
+fn holds(name: &str, model: Model) {
+    let begin = std::time::Instant::now();
+    match check(model, LONG) {
+        Verdict::Holds(states) => println!("{name}: holds in {states} states, {:?}", begin.elapsed()),
+        Verdict::Broken(what, steps) => {
+            panic!("{name}: not so after {steps} steps: {what}\n{:#?}", counterexample(model, LONG))
+        }
+        other => panic!("{name}: {other:?}"),
+    }
+}
+
+/// Something breaks without it.
+#[track_caller]
+fn breaks(name: &str, model: Model) {
+    let begin = std::time::Instant::now();
+    match check(model, LONG) {
+        Verdict::Broken(what, steps) => println!("{name}: after {steps} steps not \"{what}\", {:?}", begin.elapsed()),
+        other => panic!("{name}: nothing breaks, {other:?}"),
+    }
+}
+
+const SMALL: Model = Model { epochs: 2, transfers: 2, ..Model::THREE };
+const COPIES: Model = Model { copies: true, ..SMALL };
+const HINTS: Model = Model { hints: true, ..Model::THREE };
+const JOIN: Model = Model { commands: 0, crashes: 0, joiners: 2, epochs: 2, transfers: 1, ..Model::THREE };
+const RESTORE: Model = Model { commands: 0, crashes: 0, restores: 1, epochs: 2, transfers: 2, ..Model::THREE };
+const WIPE: Model = Model { is_wiped: true, ..RESTORE };
+
+fn without(model: Model, safeguard: Safeguard) -> Model {
+    Model { safeguards: Safeguards::ALL.without(safeguard), ..model }
+}
+
+#[test]
+fn one_disk_owns_the_slot_and_nothing_is_lost_or_done_twice() {
+    holds("two commands", Model { commands: 2, ..SMALL });
+    holds("three epochs", Model::THREE);
+}
+
+#[test]
+fn it_holds_with_rows_that_come_ahead() {
+    holds("copies", COPIES);
+}
+
+#[test]
+fn it_holds_with_owners_that_tell_of_themselves() {
+    holds("hints", Model { hints: true, ..SMALL });
+}
+
+#[test]
+fn it_holds_with_new_restored_and_wiped_disks() {
+    holds("two join at once", JOIN);
+    holds("one is restored", Model { transfers: 1, ..RESTORE });
+    holds("one is wiped", WIPE);
+}
+
+/// The larger configurations, of some minutes.
+#[test]
+#[ignore = "takes minutes; run it after a change of the rules"]
+fn it_holds_in_larger_configurations() {
+    holds("two commands, three epochs", Model { commands: 2, ..Model::THREE });
+    holds("four epochs", Model { epochs: 4, transfers: 4, ..Model::THREE });
+    holds("two crashes", Model { transfers: 4, crashes: 2, ..Model::THREE });
+    holds("four nodes", Model { nodes: 4, crashes: 0, ..Model::THREE });
+    holds("copies", Model { copies: true, ..Model::THREE });
+    holds("hints", HINTS);
+    holds("two join four", Model { nodes: 4, ..JOIN });
+    holds("restored", RESTORE);
+    holds("restored, one command", Model { commands: 1, transfers: 1, ..RESTORE });
+}
+
+#[test]
+fn every_safeguard_is_needed() {
+    let wide = Model { commands: 2, epochs: 4, transfers: 4, ..Model::THREE };
+    for safeguard in [
+        Safeguard::ReleaseAfterReady,
+        Safeguard::ReadyOfThisTransfer,
+        Safeguard::NoAbortWhileReleasing,
+        Safeguard::GrantAfterCommit,
+        Safeguard::StatusOfTheToken,
+        Safeguard::NewEpochForEachOwner,
+        Safeguard::ReadsEndWithRelease,
+        Safeguard::FloorRefuses,
+        Safeguard::StagedIsNotReplaced,
+        Safeguard::ReadyAfterCommit,
+        Safeguard::TakenAfterCommit,
+    ] {
+        breaks(&format!("without {safeguard:?}"), without(wide, safeguard));
+    }
+    let long_way = Model { crashes: 0, epochs: 4, transfers: 4, ..Model::THREE };
+    breaks("without TakenOfThisTransfer", without(long_way, Safeguard::TakenOfThisTransfer));
+    let copies = Model { commands: 2, copies: true, crashes: 0, ..Model::THREE };
+    breaks("without StagedIsKeptAsItIs", without(copies, Safeguard::StagedIsKeptAsItIs));
+    breaks(
+        "without HintOfNoLowerEpoch",
+        without(Model { epochs: 4, transfers: 4, ..HINTS }, Safeguard::HintOfNoLowerEpoch),
+    );
+    for safeguard in [Safeguard::JoinedBeforeReady, Safeguard::JoinClosure, Safeguard::JoinAll] {
+        breaks(&format!("without {safeguard:?}"), without(Model { epochs: 3, transfers: 3, ..JOIN }, safeguard));
+    }
+}
+
+/// Two of them stand for each other: either can go, and not both.
+#[test]
+fn safeguards_that_stand_for_each_other_are_needed_together() {
+    let two = |one, other| Safeguards::ALL.without(one).without(other);
+    let digest = two(Safeguard::CopyIsReadBack, Safeguard::ReadyWithEqualDigest).without(Safeguard::DigestOfTheCopy);
+    breaks("no digest at all", Model { copies: true, safeguards: digest, ..Model::THREE });
+    for safeguard in
+        [Safeguard::ReadyWithEqualDigest, Safeguard::GrantOfThisTransfer, Safeguard::ReleaseOfWhatWasSealed]
+    {
+        holds(&format!("without {safeguard:?}"), without(SMALL, safeguard));
+    }
+    // A restored disk has another id, so that no message of its former life counts. Votes will need the floors.
+    for safeguard in [Safeguard::JoinFloors, Safeguard::JoinRetires] {
+        holds(&format!("restored, without {safeguard:?}"), without(RESTORE, safeguard));
+    }
+    let no_drain = Model { mutant: Mutant::NoDrain, ..SMALL };
+    holds("no drain", no_drain);
+    breaks(
+        "no drain, and no look at the tail",
+        without(Model { commands: 2, ..no_drain }, Safeguard::ReleaseOfWhatWasSealed),
+    );
+}
+
+#[test]
+fn a_node_that_breaks_the_rules_around_them_is_caught() {
+    let wide = Model { commands: 2, epochs: 4, transfers: 4, ..Model::THREE };
+    for mutant in [
+        Mutant::ClaimOnAbsent,
+        Mutant::TransferDerived,
+        Mutant::NoDrainNoTokenInAppend,
+        Mutant::KeysNotMoved,
+        Mutant::KeysInMemory,
+        Mutant::StagedDropped,
+        Mutant::GrantPresumed,
+        Mutant::ServesAfterRelease,
+        Mutant::RowsDeletedAtRelease,
+    ] {
+        breaks(&format!("{mutant:?}"), Model { mutant, ..wide });
+    }
+    let long_way = Model { commands: 0, crashes: 0, epochs: 4, transfers: 4, ..Model::THREE };
+    breaks("PointerDeleted", Model { mutant: Mutant::PointerDeleted, ..long_way });
+    let copies = without(Model { mutant: Mutant::UncommittedCopied, ..COPIES }, Safeguard::CopyIsReadBack);
+    breaks("UncommittedCopied", copies);
+    breaks("RestoreOwns", Model { mutant: Mutant::RestoreOwns, ..RESTORE });
+    breaks("SameDisk, restored", Model { mutant: Mutant::SameDisk, ..RESTORE });
+    breaks("SameDisk, wiped", Model { mutant: Mutant::SameDisk, epochs: 3, transfers: 3, ..WIPE });
+    holds("NoTokenInAppend", Model { mutant: Mutant::NoTokenInAppend, ..SMALL });
+}

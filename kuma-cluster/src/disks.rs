@@ -1,0 +1,163 @@
+//! The disks that a node knows, and how a new one becomes one of them.
+//!
+//! A data directory has a disk id of its own, new at every restore: to the others, a disk that was restored or wiped is another disk, which owns
+//! nothing. Sets of disks only grow, so that two nodes which tell each other what they know come to agree.
+//!
+//! Invariants:
+//! - A message counts between the very disks that it names, and never from one that is retired or removed.
+//! - Two disks that take part know each other: a new one takes part only after every member that is named in any answer has answered.
+
+use std::collections::BTreeSet;
+
+use kuma_core::{DiskId, Epoch};
+
+use crate::handoff::{Safeguard, Safeguards};
+
+/// What a node knows of disks; durable.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Disks {
+    own: DiskId,
+    members: BTreeSet<DiskId>,
+    /// Replaced by a restored or new disk of the same node: they come back as another disk or not at all.
+    retired: BTreeSet<DiskId>,
+    /// Somebody attested that they are destroyed.
+    removed: BTreeSet<DiskId>,
+    is_active: bool,
+}
+
+impl Disks {
+    /// Of the first disk of a cluster, which takes part from the beginning.
+    pub fn founder(own: DiskId) -> Self {
+        Disks { is_active: true, ..Disks::joiner(own, []) }
+    }
+
+    /// Of a new disk that knows some members, and does not take part yet.
+    pub fn joiner(own: DiskId, seeds: impl IntoIterator<Item = DiskId>) -> Self {
+        let members = seeds.into_iter().chain([own]).collect();
+        Disks { own, members, retired: BTreeSet::new(), removed: BTreeSet::new(), is_active: false }
+    }
+
+    /// This node's own disk.
+    pub fn own(&self) -> DiskId {
+        self.own
+    }
+
+    /// Whether it takes part.
+    pub fn is_active(&self) -> bool {
+        self.is_active
+    }
+
+    /// Disks that count, its own one too.
+    pub fn members(&self) -> impl Iterator<Item = DiskId> {
+        self.members.iter().copied().filter(|disk| self.is_there(*disk))
+    }
+
+    /// Disks that were replaced.
+    pub fn retired(&self) -> impl Iterator<Item = DiskId> {
+        self.retired.iter().copied()
+    }
+
+    /// Whether a disk is a member and neither replaced nor destroyed.
+    pub fn is_there(&self, disk: DiskId) -> bool {
+        self.members.contains(&disk) && !self.is_gone(disk)
+    }
+
+    /// Whether it is proven that a disk acts no more.
+    pub fn is_gone(&self, disk: DiskId) -> bool {
+        self.retired.contains(&disk) || self.removed.contains(&disk)
+    }
+
+    /// A new disk asks to become a member, in place of another one maybe. To be durable before the answer leaves.
+    pub fn admit(&mut self, new: DiskId, replaces: Option<DiskId>, safeguards: Safeguards) {
+        if self.is_gone(new) {
+            return;
+        }
+        self.members.insert(new);
+        if safeguards.has(Safeguard::JoinRetires) {
+            self.retired.extend(replaces.filter(|old| *old != self.own));
+        }
+    }
+
+    /// Takes over what another one knows.
+    pub fn merge(&mut self, members: &BTreeSet<DiskId>, retired: &BTreeSet<DiskId>, removed: &BTreeSet<DiskId>) {
+        self.members.extend(members);
+        self.retired.extend(retired.iter().filter(|disk| **disk != self.own));
+        self.removed.extend(removed.iter().filter(|disk| **disk != self.own));
+    }
+
+    /// What a member tells a new disk.
+    pub fn answer(&self, floor: Epoch) -> JoinAnswer {
+        let Disks { members, retired, removed, .. } = self.clone();
+        JoinAnswer { floor, members, retired, removed }
+    }
+}
+
+/// The answer of a member to a disk that joins.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct JoinAnswer {
+    /// The highest epoch that the member knows of the slot.
+    pub floor: Epoch,
+    /// Disks that it knows.
+    pub members: BTreeSet<DiskId>,
+    /// Those that were replaced.
+    pub retired: BTreeSet<DiskId>,
+    /// Those that are destroyed.
+    pub removed: BTreeSet<DiskId>,
+}
+
+/// A disk on its way to become a member; lost in a crash, and begun anew.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Join {
+    answered: BTreeSet<DiskId>,
+}
+
+impl Join {
+    /// Takes an answer. `disks` is to be durable, with the floor, before anything else is done; it takes part as soon as every member that was
+    /// named has answered.
+    pub fn answered(&mut self, disks: &mut Disks, from: DiskId, answer: &JoinAnswer, safeguards: Safeguards) {
+        if disks.is_active || !self.answered.insert(from) {
+            return;
+        }
+        let before = disks.clone();
+        disks.merge(&answer.members, &answer.retired, &answer.removed);
+        let asked = if safeguards.has(Safeguard::JoinClosure) { &*disks } else { &before };
+        let is_done = asked.members().all(|disk| disk == disks.own || self.answered.contains(&disk));
+        disks.is_active = is_done || !safeguards.has(Safeguard::JoinAll);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn disk(n: u8) -> DiskId {
+        DiskId([n; 16])
+    }
+
+    #[test]
+    fn a_new_disk_takes_part_when_everybody_who_was_named_has_answered() {
+        let (mut first, mut second) = (Disks::founder(disk(1)), Disks::joiner(disk(2), [disk(1)]));
+        first.admit(disk(2), None, Safeguards::ALL);
+        first.admit(disk(3), None, Safeguards::ALL);
+        let mut join = Join::default();
+        join.answered(&mut second, disk(1), &first.answer(Epoch::FIRST), Safeguards::ALL);
+        assert!(!second.is_active() && second.is_there(disk(3)), "the third one has not answered");
+        join.answered(&mut second, disk(1), &first.answer(Epoch::FIRST), Safeguards::ALL);
+        assert!(!second.is_active(), "an answer counts once");
+        let third = Disks::joiner(disk(3), [disk(1)]);
+        join.answered(&mut second, disk(3), &third.answer(Epoch::FIRST), Safeguards::ALL);
+        assert!(second.is_active());
+    }
+
+    #[test]
+    fn a_disk_that_was_replaced_is_nobody() {
+        let mut first = Disks::founder(disk(1));
+        first.admit(disk(2), None, Safeguards::ALL);
+        first.admit(disk(12), Some(disk(2)), Safeguards::ALL);
+        assert!(first.is_gone(disk(2)) && !first.is_there(disk(2)) && first.is_there(disk(12)));
+        first.admit(disk(2), None, Safeguards::ALL);
+        assert!(!first.is_there(disk(2)), "it does not come back");
+        first.admit(disk(13), Some(disk(1)), Safeguards::ALL);
+        assert!(first.is_there(disk(1)), "nobody is told of himself by others");
+    }
+}

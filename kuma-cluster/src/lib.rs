@@ -1,0 +1,24 @@
+//! All that crosses a node: who owns a slot, and how it moves to another node while it is in use.
+//!
+//! **The ring is a wish; the token is the truth.** A slot is served by the node whose disk holds its token as *owned*, and by nobody else. No timeout
+//! ever moves a token: a node that does not answer keeps what it owns, and its slots are unavailable until it is back.
+//!
+//! Pure rules, without clock, socket or `async`:
+//! - [`handoff`]: one slot, as one disk sees it: messages in, transactions and messages out. `integration-tests/handoff-model` runs this very code
+//!   against every order of losses, repetitions, delays and crashes, and again with each of its [`Safeguards`] off.
+//! - [`disks`]: which disks a node knows, and the barrier that a new one passes before it takes part.
+//! - [`members`]: the nodes, their names and addresses, and slots that are pinned to one of them.
+//! - [`ring`]: where slots should be.
+
+pub mod disks;
+pub mod handoff;
+pub mod members;
+pub mod ring;
+
+pub use disks::{Disks, Join, JoinAnswer};
+pub use handoff::{
+    Content, Effect, Envelope, Handoff, Input, Message, Out, Phase, Plan, Safeguard, Safeguards, SlotRecord, Staged,
+    Token, TransferId, Txn,
+};
+pub use members::{JoinRefused, Member, Members, NodeId, Standing};
+pub use ring::{Move, Ring};
