@@ -63,6 +63,30 @@ async fn an_erased_entity_is_gone_and_its_receipt_says_so() {
     kuma.shutdown().await;
 }
 
+/// A request of an erasure may come late, or twice, through whatever stands between a client and a server.
+#[tokio::test]
+async fn an_erasure_of_a_former_life_leaves_the_next_one_alone() {
+    let dir = directory();
+    let kuma = start(dir.path()).await;
+    let ann = kuma.entity::<Account>("ann");
+    assert!(matches!(ann.erase_life(1, reason()).await, Err(EraseError::Refused(Refused::NeverWritten { .. }))));
+    ann.append(deposited(10)).await.unwrap();
+    let other = ann.erase_life(2, reason()).await;
+    assert!(matches!(other, Err(EraseError::Refused(Refused::OtherLife { asked: 2, actual: 1, .. }))), "{other:?}");
+    let first = ann.erase_life(1, reason()).await.unwrap();
+    assert_eq!(ann.erase_life(1, reason()).await.unwrap(), first);
+    assert_eq!(ann.recreate(reason()).await.unwrap(), 2);
+    ann.append(deposited(7)).await.unwrap();
+    // The late one is told of what it has done.
+    assert_eq!(ann.erase_life(1, reason()).await.unwrap(), first);
+    assert_eq!(ann.read().await.unwrap().balance, 7);
+    let second = ann.erase_life(2, reason()).await.unwrap();
+    assert_eq!((first.receipt.life, second.receipt.life), (Some(1), Some(2)));
+    assert_eq!(ann.erase_life(1, reason()).await.unwrap(), first);
+    assert_clean(&kuma).await;
+    kuma.shutdown().await;
+}
+
 #[tokio::test]
 async fn a_new_life_starts_at_version_0_with_nothing_of_the_old_one() {
     let dir = directory();

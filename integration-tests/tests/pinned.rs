@@ -100,6 +100,7 @@ fn the_words_of_an_append_that_failed() {
         Refused::Erased { entity: ENTITY },
         Refused::NeverWritten { entity: ENTITY },
         Refused::NotErased { entity: ENTITY },
+        Refused::OtherLife { entity: ENTITY, asked: 1, actual: 2 },
         Refused::ReservedKind { kind: "kuma.audit".into() },
         Refused::InvalidReason { detail: "it is empty" },
     ];
@@ -114,6 +115,7 @@ fn the_words_of_an_append_that_failed() {
     entity [hex] was erased and nothing of it is left; `recreate` starts a new life under the same id
     entity [hex] was never written to; there is nothing to erase
     entity [hex] was not erased; use it as it is
+    entity [hex] is in life 2, and life 1 was to be erased; nothing was erased, ask for the life that is meant
     the kind kuma.audit is the store's own: it can be read, but neither written to nor erased
     the reason is refused: it is empty; say in 1 to 1024 bytes why, and by whom, without naming the person
     ");

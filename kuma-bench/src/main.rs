@@ -19,6 +19,7 @@ mod tasks;
 mod usage;
 mod write;
 
+use std::io::IsTerminal;
 use std::{path::PathBuf, process::ExitCode};
 
 use anyhow::{Context, Result, anyhow, ensure};
@@ -167,7 +168,11 @@ impl Common {
 fn main() -> ExitCode {
     // Each run makes a store with a new master key; that its file should be backed up is no news here.
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn,kuma_core::options=error"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .init();
     match run(Cli::parse().command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

@@ -12,6 +12,7 @@ use std::{
     collections::{BTreeMap, HashMap},
     fmt::Display,
     fs::File,
+    io::IsTerminal,
     io::{BufRead, BufReader, Cursor, Read, Write},
     path::{Path, PathBuf},
     process::ExitCode,
@@ -217,7 +218,12 @@ fn print_report(report: &ImportReport, seconds: f64) {
 async fn main() -> ExitCode {
     // Where Kuma says that a new master key was made, or that something is not as it should be.
     let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "warn".into());
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_target(false)
+        .init();
     match run(Arguments::parse()).await {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

@@ -16,6 +16,7 @@ mod protocol;
 mod server;
 
 use std::{
+    io::IsTerminal,
     path::{Path, PathBuf},
     process::ExitCode,
     time::Duration,
@@ -83,7 +84,11 @@ impl Entity for Door {
 #[tokio::main]
 pub(crate) async fn main() -> ExitCode {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .init();
     let outcome = match Arguments::parse().role {
         Role::Serve { key_file, socket, create } => server::serve(&key_file, &socket, create).await,
         Role::Demo { socket, data } => demo(&socket, &data).await,

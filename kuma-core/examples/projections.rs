@@ -8,6 +8,7 @@
 
 use std::{
     fs::File,
+    io::IsTerminal,
     io::{BufReader, Read, Write},
     path::{Path, PathBuf},
     time::{Duration, Instant},
@@ -143,6 +144,7 @@ async fn run(kuma: &Kuma, arguments: &Arguments) -> Result<()> {
 async fn main() -> Result<()> {
     tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
         .with_max_level(tracing_subscriber::filter::LevelFilter::WARN)
         .init();
     let arguments = Arguments::parse();

@@ -63,17 +63,28 @@ impl RawHandle {
     /// # Cancel safety
     /// If the future is dropped the erasure may or may not begin; ask again for the receipt.
     pub async fn erase(&self, reason: Reason) -> Result<Receipt, EraseError> {
-        self.ask_to_erase(&Arc::new(reason)).await
+        self.ask_to_erase(&Arc::new(reason), None).await
     }
 
-    async fn ask_to_erase(&self, reason: &Arc<Reason>) -> Result<Receipt, EraseError> {
+    /// Erases this life of the entity and no other: the first life is 1, and [`RawHandle::recreate`] says which one it began. For requests that may
+    /// come late or twice: if the entity has another life by now that is left alone, and a life that was erased gives its receipt again.
+    ///
+    /// # Errors
+    /// [`Refused::OtherLife`] if the entity has another life and there is no receipt of this one; all others as [`RawHandle::erase`].
+    /// # Cancel safety
+    /// As [`RawHandle::erase`].
+    pub async fn erase_life(&self, life: u32, reason: Reason) -> Result<Receipt, EraseError> {
+        self.ask_to_erase(&Arc::new(reason), Some(life)).await
+    }
+
+    async fn ask_to_erase(&self, reason: &Arc<Reason>, life: Option<u32>) -> Result<Receipt, EraseError> {
         reason.check()?;
         self.check_writable()?;
         let who = self.who()?;
         let core = self.core()?.clone();
         let entity = who.identity.hash;
         let (reply, answer) = oneshot::channel();
-        let request = Request { entity, core, slot: who.identity.slot, reason: reason.clone(), reply };
+        let request = Request { entity, core, slot: who.identity.slot, life, reason: reason.clone(), reply };
         let gone = || EraseError::from(Unavailable::ShuttingDown);
         let eraser = self.store().eraser().ok_or_else(gone)?;
         eraser.cast(EraserMessage::Erase(request)).map_err(|_| gone())?;
@@ -150,6 +161,16 @@ impl<E: Entity> Handle<E> {
         self.raw().erase(reason).await
     }
 
+    /// Erases this life of the entity and no other. See [`RawHandle::erase_life`].
+    ///
+    /// # Errors
+    /// As [`RawHandle::erase_life`].
+    /// # Cancel safety
+    /// As [`RawHandle::erase`].
+    pub async fn erase_life(&self, life: u32, reason: Reason) -> Result<Receipt, EraseError> {
+        self.raw().erase_life(life, reason).await
+    }
+
     /// Starts a new life of an erased entity. See [`RawHandle::recreate`].
     ///
     /// # Errors
@@ -182,7 +203,7 @@ impl Kuma {
         let mut entities = entities.into_iter().peekable();
         while entities.peek().is_some() {
             let batch: Vec<RawHandle> = entities.by_ref().take(IN_FLIGHT).collect();
-            let outcomes = join_all(batch.iter().map(|handle| handle.ask_to_erase(&reason))).await;
+            let outcomes = join_all(batch.iter().map(|handle| handle.ask_to_erase(&reason, None))).await;
             for (handle, outcome) in batch.iter().zip(outcomes) {
                 each(handle.hash(), &outcome);
                 match outcome {

@@ -74,6 +74,8 @@ pub(crate) struct Request {
     pub(crate) entity: EntityHash,
     pub(crate) core: Arc<ShardCore>,
     pub(crate) slot: Slot,
+    /// Which life of it; none: the one that it has.
+    pub(crate) life: Option<u32>,
     pub(crate) reason: Arc<Reason>,
     pub(crate) reply: Reply,
 }
@@ -295,8 +297,8 @@ impl EraserState {
     async fn resolve(&self, requests: Vec<Request>, at_us: i64) -> Vec<Job> {
         let mut jobs: Vec<Job> = Vec::new();
         let mut by_key: HashMap<[u8; 16], usize> = HashMap::new();
-        for Request { entity, core, slot, reason, reply } in requests {
-            match self.look_up(&core, entity, slot, reason, at_us).await {
+        for Request { entity, core, slot, life, reason, reply } in requests {
+            match self.look_up(&core, entity, slot, life, reason, at_us).await {
                 Ok(Found::Done(receipt)) => drop(reply.send(Ok(*receipt))),
                 Ok(Found::ToDo(job)) => {
                     // The same entity may be asked for twice.
@@ -317,23 +319,25 @@ impl EraserState {
         core: &Arc<ShardCore>,
         entity: EntityHash,
         slot: Slot,
+        life: Option<u32>,
         reason: Arc<Reason>,
         at_us: i64,
     ) -> Result<Found, EraseError> {
         let unreadable = |error: kuma_shard::ReadError| EraseError::from(ReadError::unreadable(entity, error));
         let row = core.shard.find_entity(CopyId::GENESIS, entity).await.map_err(unreadable)?;
         let row = row.ok_or(Refused::NeverWritten { entity })?;
+        if let Some(asked) = life.filter(|asked| *asked != row.life) {
+            return match self.receipt_of_life(entity, asked).await? {
+                Some(receipt) => Ok(Found::Done(Box::new(receipt))),
+                None => Err(Refused::OtherLife { entity, asked, actual: row.life }.into()),
+            };
+        }
         if row.erased_at_us.is_some() || self.is_erasing(row.key_id) {
             let tombstones = self.node.tombstones_of(entity).await.map_err(unreadable)?;
             if let Some(tombstone) = tombstones.into_iter().find(|tombstone| tombstone.key_id == row.key_id) {
                 let receipt = self.node.receipt(tombstone.receipt_id).await.map_err(unreadable)?;
                 return match receipt.filter(|_| !self.is_erasing(row.key_id)) {
-                    Some(body) => {
-                        let receipt = body.parse().map_err(|error: crate::ReceiptError| {
-                            EraseError::from(Unavailable::NotErased { entity, detail: error.to_string() })
-                        })?;
-                        Ok(Found::Done(Box::new(receipt)))
-                    }
+                    Some(body) => Ok(Found::Done(Box::new(parse(entity, &body)?))),
                     None => Ok(Found::ToDo(Box::new(Job::new(tombstone, Some(core.clone()), None)))),
                 };
             }
@@ -343,6 +347,20 @@ impl EraserState {
             .map_err(|error| Unavailable::NotErased { entity, detail: error.to_string() })?;
         let tombstone = Tombstone { key_id: row.key_id, id_hash: entity, slot, receipt_id, at_us };
         Ok(Found::ToDo(Box::new(Job::new(tombstone, Some(core.clone()), Some(reason)))))
+    }
+
+    /// The receipt of a life that the entity had.
+    async fn receipt_of_life(&self, entity: EntityHash, life: u32) -> Result<Option<Receipt>, EraseError> {
+        let unreadable = |error: kuma_shard::ReadError| EraseError::from(ReadError::unreadable(entity, error));
+        for tombstone in self.node.tombstones_of(entity).await.map_err(unreadable)? {
+            if let Some(body) = self.node.receipt(tombstone.receipt_id).await.map_err(unreadable)? {
+                let receipt = parse(entity, &body)?;
+                if receipt.receipt.life == Some(life) {
+                    return Ok(Some(receipt));
+                }
+            }
+        }
+        Ok(None)
     }
 
     /// Makes the intent durable: from then on there is no way back.
@@ -760,4 +778,10 @@ fn state(inner: &Inner, job: &Job, backups: LastBackups) -> Statement {
         backups,
         public_key: String::new(),
     }
+}
+
+/// A receipt as it is stored.
+fn parse(entity: EntityHash, body: &str) -> Result<Receipt, EraseError> {
+    let parsed = body.parse::<Receipt>();
+    parsed.map_err(|error| Unavailable::NotErased { entity, detail: error.to_string() }.into())
 }

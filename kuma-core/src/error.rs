@@ -163,6 +163,18 @@ pub enum Refused {
         /// The entity.
         entity: EntityHash,
     },
+    /// The entity has another life than the one that was to be erased.
+    #[error(
+        "entity {entity} is in life {actual}, and life {asked} was to be erased; nothing was erased, ask for the life that is meant"
+    )]
+    OtherLife {
+        /// The entity.
+        entity: EntityHash,
+        /// The life that was to be erased.
+        asked: u32,
+        /// The life that it has.
+        actual: u32,
+    },
     /// The kind is the store's own.
     #[error("the kind {kind} is the store's own: it can be read, but neither written to nor erased")]
     ReservedKind {

@@ -332,13 +332,20 @@ impl Client {
         self.download("/v1/export").await
     }
 
-    /// Erases an entity, and returns the receipt. Asked again, it is the same one.
+    /// Erases an entity, or only this life of it, and returns the receipt. Asked again, it is the same one.
     ///
     /// # Errors
     /// See [`ClientError`]. `erasure_unfinished`: it goes on by itself; ask again for the receipt.
-    pub async fn erase(&self, kind: &str, id: &str, reason: &ReasonBody) -> Result<Box<RawValue>, ClientError> {
+    pub async fn erase(
+        &self,
+        kind: &str,
+        id: &str,
+        life: Option<u32>,
+        reason: &ReasonBody,
+    ) -> Result<Box<RawValue>, ClientError> {
         let by = reason.by.clone().map(|by| ("by", by));
-        let query = query([("reason", reason.reason.clone())].into_iter().chain(by));
+        let life = life.map(|life| ("life", life.to_string()));
+        let query = query([("reason", reason.reason.clone())].into_iter().chain(by).chain(life));
         self.call(Method::DELETE, &entity_path(kind, id, &query)?, Content::Nothing).await
     }
 

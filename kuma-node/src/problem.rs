@@ -143,6 +143,7 @@ impl From<Refused> for Problem {
             Refused::Erased { .. } => (S::GONE, "erased"),
             Refused::NeverWritten { .. } => (S::NOT_FOUND, "never_written"),
             Refused::NotErased { .. } => (S::CONFLICT, "not_erased"),
+            Refused::OtherLife { .. } => (S::CONFLICT, "other_life"),
             Refused::ReservedKind { .. } => (S::FORBIDDEN, "reserved_kind"),
             Refused::WithinCommit { .. } => (S::CONFLICT, "within_commit"),
             Refused::HistoryTooLarge { .. } => (S::PAYLOAD_TOO_LARGE, "history_too_large"),

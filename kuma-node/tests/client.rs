@@ -83,7 +83,7 @@ async fn an_id_arrives_as_it_is() {
         assert!(!segment.contains('/'));
     }
     let reason = ReasonBody { reason: "r".to_owned(), by: None };
-    assert!(matches!(client(&fake).erase("account", "..", &reason).await, Err(ClientError::Name(_))));
+    assert!(matches!(client(&fake).erase("account", "..", None, &reason).await, Err(ClientError::Name(_))));
 }
 
 /// Its last line is what makes a work done, and an export whole.

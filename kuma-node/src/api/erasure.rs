@@ -27,6 +27,9 @@ pub(crate) struct EraseQuery {
     /// On whose behalf. The name of the token is noted by itself.
     #[param(min_length = 1, max_length = 512)]
     by: Option<String>,
+    /// Only this life of it, 1 at first. A request that comes late or twice does no harm to the next life then.
+    #[param(minimum = 1)]
+    life: Option<u32>,
 }
 
 /// Erases an entity: destroys its key and deletes its events, and what read models hold of it.
@@ -44,10 +47,14 @@ pub(crate) async fn erase(
     State(node): State<Arc<Node>>,
     May { caller, .. }: May<access::Erase>,
     Path(path): Path<EntityPath>,
-    Query(EraseQuery { reason, by }): Query<EraseQuery>,
+    Query(EraseQuery { reason, by, life }): Query<EraseQuery>,
 ) -> Result<Response, Problem> {
     check_by(by.as_deref())?;
-    let receipt = path.entity(&node)?.erase(caller.reason(reason, by)).await?;
+    let (entity, reason) = (path.entity(&node)?, caller.reason(reason, by));
+    let receipt = match life {
+        Some(life) => entity.erase_life(life, reason).await?,
+        None => entity.erase(reason).await?,
+    };
     Ok(json(StatusCode::OK, &receipt))
 }
 

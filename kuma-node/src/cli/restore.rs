@@ -1,5 +1,6 @@
 //! `restore`: a store from its backups, without a node.
 
+use std::io::IsTerminal;
 use std::{path::PathBuf, time::SystemTime};
 
 use clap::Args;
@@ -39,7 +40,11 @@ pub(super) async fn run(session: &Session, arguments: RestoreArguments) -> anyho
     let output = &session.output;
     // Where Kuma says that something is not as it should be.
     let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "warn".into());
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_target(false);
     // A program that this is part of may log already.
     let _ = log.try_init();
 

@@ -34,6 +34,9 @@ pub(in crate::cli) struct EraseArguments {
     /// On whose behalf
     #[arg(long, value_name = "WHO")]
     by: Option<String>,
+    /// Only this life of it, 1 at first: if it was recreated meanwhile that is left alone
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    life: Option<u32>,
     /// Do not ask
     #[arg(long)]
     yes: bool,
@@ -43,7 +46,7 @@ pub(in crate::cli) struct EraseArguments {
 }
 
 pub(in crate::cli) async fn run(session: &Session, arguments: EraseArguments) -> anyhow::Result<Exit> {
-    let EraseArguments { name, reason, by, yes, receipt: path } = arguments;
+    let EraseArguments { name, reason, by, life, yes, receipt: path } = arguments;
     let client = session.client()?;
     if !yes {
         let what = match client.entity(&name.kind, &name.id, &At::Now).await {
@@ -55,7 +58,7 @@ pub(in crate::cli) async fn run(session: &Session, arguments: EraseArguments) ->
     }
     // What cannot be saved is to be known before, not after.
     let file = path.as_deref().map(create).transpose()?;
-    let receipt = erase(&client, &name, &ReasonBody { reason, by }, &session.output).await?;
+    let receipt = erase(&client, &name, life, &ReasonBody { reason, by }, &session.output).await?;
     // Whichever of the two places fails, the receipt is in the other one.
     let saved = file.map_or(Ok(()), |file| save(file, &receipt));
     let printed = session.output.json(&receipt);
@@ -80,10 +83,16 @@ fn save(mut file: Partial, receipt: &RawValue) -> anyhow::Result<()> {
 }
 
 /// Asking again is asking for the receipt, so that it can be done as often as it takes.
-async fn erase(client: &Client, name: &Name, reason: &ReasonBody, output: &Output) -> anyhow::Result<Box<RawValue>> {
+async fn erase(
+    client: &Client,
+    name: &Name,
+    life: Option<u32>,
+    reason: &ReasonBody,
+    output: &Output,
+) -> anyhow::Result<Box<RawValue>> {
     let mut backoff = Backoff::new(Duration::from_millis(500), Duration::from_secs(10));
     loop {
-        let error = match client.erase(&name.kind, &name.id, reason).await {
+        let error = match client.erase(&name.kind, &name.id, life, reason).await {
             Ok(receipt) => return Ok(receipt),
             Err(error) => error,
         };
