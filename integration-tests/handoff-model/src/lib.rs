@@ -14,9 +14,11 @@
 //! Not modelled: parked requests and forwarding, erasure, votes, several slots.
 
 mod check;
+mod live;
 mod log;
 mod world;
 
 pub use check::{Verdict, check, counterexample};
+pub use live::{Liveness, live};
 pub use log::Log;
 pub use world::{Action, Model, Mutant, Node, Packet, World};

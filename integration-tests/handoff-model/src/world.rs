@@ -33,6 +33,8 @@ pub struct Model {
     pub copies: bool,
     /// The owner tells others that it is.
     pub hints: bool,
+    /// At any moment nothing goes wrong any more, and everybody wants the slot to be at the last node.
+    pub calms_down: bool,
     /// What the rules have to do without.
     pub safeguards: Safeguards,
     /// What the world does wrong.
@@ -74,6 +76,8 @@ pub enum Mutant {
     RestoreOwns,
     /// A restored or wiped disk has the id that it had.
     SameDisk,
+    /// A receiver never asks what became of what it has prepared.
+    NeverAsks,
 }
 
 /// A disk and what runs on it.
@@ -184,6 +188,8 @@ pub struct World {
     attempts: u8,
     crashes: u8,
     restores: u8,
+    /// Nothing goes wrong any more.
+    pub(crate) is_calm: bool,
 }
 
 /// What can happen.
@@ -221,6 +227,8 @@ pub enum Action {
     Join(u8),
     /// What the mutant does.
     Mutate(u8),
+    /// From now on nothing goes wrong.
+    CalmDown,
 }
 
 fn disk(node: u8, generation: u8) -> DiskId {
@@ -319,6 +327,7 @@ impl Model {
         is_wiped: false,
         copies: false,
         hints: false,
+        calms_down: false,
         safeguards: Safeguards::ALL,
         mutant: Mutant::None,
     };
@@ -363,10 +372,21 @@ impl Model {
             attempts: 0,
             crashes: 0,
             restores: 0,
+            is_calm: false,
         }
     }
 
+    /// Whether the goal must be reachable from it: not where all attempts and epochs that are looked at are used up.
+    pub(crate) fn is_judged(&self, world: &World) -> bool {
+        let is_used_up = |node: &Node| node.slot.record.floor.counter >= self.epochs + 2;
+        world.is_calm && world.attempts <= self.transfers + 1 && !world.nodes.iter().any(is_used_up)
+    }
+
     pub(crate) fn possible(&self, world: &World, actions: &mut Vec<Action>) {
+        let more = if world.is_calm { 3 } else { 0 };
+        if self.calms_down && !world.is_calm {
+            actions.push(Action::CalmDown);
+        }
         for (n, node) in (0_u8..).zip(&world.nodes) {
             if !node.is_active() {
                 actions.push(Action::Join(n));
@@ -377,12 +397,13 @@ impl Model {
                     actions.extend((self.copies && self.crashes > 0).then_some(Action::Fail(n)));
                 }
                 if let Token::Owned(epoch) = node.slot.record.token {
-                    for to in (0..self.nodes).filter(|to| *to != n) {
+                    for to in (0..self.nodes).filter(|to| *to != n && (!world.is_calm || *to == self.nodes - 1)) {
                         if self.hints {
                             actions.push(Action::Tell(n, to));
                         }
                         let is_new = node.slot.out.is_none();
-                        if epoch.counter < self.epochs && (!is_new || world.attempts < self.transfers) {
+                        let (epochs, transfers) = (self.epochs + more, self.transfers + more as u8);
+                        if epoch.counter < epochs && (!is_new || world.attempts < transfers) {
                             actions.extend(self.copies.then_some(Action::Copy(n, to)));
                             actions.push(Action::Seal(n, to));
                         }
@@ -392,7 +413,7 @@ impl Model {
                     actions.push(Action::Abort(n));
                     actions.extend((node.copied > 0).then_some(Action::Again(n)));
                 }
-                if node.slot.record.staged.is_some() {
+                if node.slot.record.staged.is_some() && self.mutant != Mutant::NeverAsks {
                     actions.push(Action::Ask(n));
                 }
                 if self.mutant != Mutant::None {
@@ -402,11 +423,11 @@ impl Model {
             if node.pending.is_some() {
                 actions.push(Action::Committed(n));
             }
-            if world.crashes < self.crashes {
+            if world.crashes < self.crashes && !world.is_calm {
                 actions.push(Action::Crash(n, false));
                 actions.extend(node.pending.is_some().then_some(Action::Crash(n, true)));
             }
-            if world.restores < self.restores {
+            if world.restores < self.restores && !world.is_calm {
                 match self.is_wiped || node.backup.is_some() {
                     true => actions.push(Action::Restore(n)),
                     false => actions.extend(node.is_active().then_some(Action::Back(n))),
@@ -468,6 +489,7 @@ impl Model {
                 }
             }
             Action::Mutate(n) => self.mutate(world, n)?,
+            Action::CalmDown => world.is_calm = true,
         }
         Some(())
     }

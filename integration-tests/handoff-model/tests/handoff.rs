@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use handoff_model::{Model, Mutant, Verdict, check, counterexample};
+use handoff_model::{Liveness, Model, Mutant, Verdict, check, counterexample, live};
 use kuma_cluster::{Safeguard, Safeguards};
 
 /// Longer than any of them takes.
@@ -63,6 +63,26 @@ fn it_holds_with_new_restored_and_wiped_disks() {
     holds("two join at once", JOIN);
     holds("one is restored", Model { transfers: 1, ..RESTORE });
     holds("one is wiped", WIPE);
+}
+
+#[test]
+fn nothing_gets_stuck_that_nobody_heals() {
+    let quiet = Model { commands: 0, crashes: 0, calms_down: true, ..SMALL };
+    for (name, model) in [
+        ("transfers", quiet),
+        ("a command and a crash", Model { commands: 1, crashes: 1, ..quiet }),
+        ("three epochs", Model { epochs: 3, transfers: 3, ..quiet }),
+        ("two join at once", Model { joiners: 2, transfers: 1, ..quiet }),
+    ] {
+        let begin = std::time::Instant::now();
+        match live(model, 3_000_000) {
+            Liveness::Live(states) => println!("{name}: from {states} states, {:?}", begin.elapsed()),
+            other => panic!("{name}: {other:#?}"),
+        }
+    }
+    // A giver that has crashed does not know any more that it has to say so.
+    let stuck = live(Model { mutant: Mutant::NeverAsks, crashes: 1, ..quiet }, 3_000_000);
+    assert!(matches!(stuck, Liveness::Stuck(..)), "a prepared copy is kept for ever, and nobody asks: {stuck:?}");
 }
 
 /// The larger configurations, of some minutes.
