@@ -264,10 +264,13 @@ mod tests {
             shard.submit(&activation, Commit { body, ..commit(&entity, version) }).await.unwrap().unwrap();
         }
         let mut reader = LogReader::new(shard.clone());
-        let page = reader.page(0, 9, |_| true).await.unwrap();
-        assert_eq!((page.last, page.rows[1].row.body.len()), (6, 2_000_000));
-        let page = reader.page(6, 9, |_| true).await.unwrap();
-        assert_eq!((page.last, page.rows.len()), (9, 3));
+        // Each ends with the row that makes it large.
+        for (after, last) in [(0, 2), (2, 4), (4, 6), (6, 8), (8, 9)] {
+            let page = reader.page(after, 9, |_| true).await.unwrap();
+            assert_eq!(page.last, last);
+            let sizes: Vec<usize> = page.rows.iter().map(|read| read.row.body.len()).collect();
+            assert_eq!(sizes, if last == 9 { vec![100] } else { vec![100, 2_000_000] });
+        }
         shard.stop().await;
     }
 
