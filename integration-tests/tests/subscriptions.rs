@@ -66,12 +66,21 @@ struct Received {
     seqs: HashMap<u16, u64>,
     /// By entity, the last version.
     versions: HashMap<(String, String), u64>,
+    /// Those that may have been received of a commit in part, and come again then.
+    again: BTreeSet<Key>,
 }
 
 impl Received {
     /// Takes an event in; `dense` says that none may be missing since the first one of its slot.
     #[track_caller]
     fn take(&mut self, who: &str, stored: StoredEvent, dense: bool) {
+        if !self.again.remove(&key(&stored)) {
+            self.note(who, stored, dense);
+        }
+    }
+
+    #[track_caller]
+    fn note(&mut self, who: &str, stored: StoredEvent, dense: bool) {
         let (slot, version) = (stored.slot.number(), stored.event.version.0);
         let entity = (stored.kind.to_string(), stored.id.to_string());
         let (last_seq, last_version) = (self.seqs.get(&slot).copied(), self.versions.get(&entity).copied());
@@ -92,7 +101,7 @@ impl Received {
     fn keep(&mut self, complete: usize) {
         let events: Vec<StoredEvent> = self.events.drain(..).take(complete).collect();
         (self.seqs, self.versions) = Default::default();
-        events.into_iter().for_each(|stored| self.take("what was received before", stored, false));
+        events.into_iter().for_each(|stored| self.note("what was received before", stored, false));
     }
 
     fn keys(&self) -> BTreeSet<Key> {
@@ -145,7 +154,7 @@ async fn receive(
     name: String,
     mut events: Subscription,
     filter: Filter,
-    (manner, dense, seed): (Manner, bool, u64),
+    (manner, dense, passes, seed): (Manner, bool, bool, u64),
     written: Written,
 ) -> Received {
     let mut random = StdRng::seed_from_u64(seed);
@@ -174,6 +183,8 @@ async fn receive(
             Manner::Reconnecting if left == 0 => {
                 left = random.random_range(1..300);
                 received.keep(complete);
+                // A checkpoint that moved with an event may have passed what is not wanted before it, and not the event's own commit.
+                received.again.extend(received.events.last().filter(|_| passes).map(key));
                 let checkpoint: Checkpoint = checkpoint.to_string().parse().unwrap();
                 assert_eq!(checkpoint, events.checkpoint());
                 events = kuma.subscribe(filter.clone()).from(Start::Checkpoint(checkpoint)).open().await.unwrap();
@@ -250,7 +261,8 @@ async fn every_subscriber_gets_every_event_once_and_in_order_while_200_write() {
                     }
                 };
                 let events = kuma.subscribe(filter.clone()).from(from).open().await.unwrap();
-                let how = (manner, is_all, seed + (number * 10 + other) as u64);
+                let passes = !is_all || start == "time";
+                let how = (manner, is_all, passes, seed + (number * 10 + other) as u64);
                 let task = tokio::spawn(receive(kuma.clone(), name.clone(), events, filter, how, written.clone()));
                 subscribers.push((name, start, is_all, task));
             }
