@@ -130,6 +130,7 @@ async fn alone() -> Alone {
         disk_id: data_dir.disk_id(),
         file: FileOptions::default(),
         queue_bytes_max: 1 << 20,
+        owns_slots: true,
     };
     Shard::create(&options).await.unwrap();
     let (root, _) = Actor::spawn(None, Root, ()).await.unwrap();
@@ -141,7 +142,7 @@ impl Alone {
     fn entity(&self, name: u8, slot: u64) -> Arc<EntityRow> {
         Arc::new(EntityRow {
             eid: self.entities.fetch_add(1, Relaxed),
-            copy: CopyId::GENESIS,
+            copy: CopyId::LIVE,
             slot: Slot::new(slot),
             kind: "thing".into(),
             id_hash: EntityHash([name; 16]),

@@ -24,28 +24,13 @@
 
 mod giver;
 mod receiver;
-mod record;
 mod safeguards;
 
-use std::fmt;
-
+pub use kuma_core::{Content, SlotRecord, Staged, Token, TransferId, Txn};
 use kuma_core::{DiskId, Epoch};
-pub use record::{Content, SlotRecord, Staged, Token, Txn};
 pub use safeguards::{Safeguard, Safeguards};
 
 use crate::disks::Disks;
-
-/// Names one attempt to hand a slot over: 128 random bits, never derived from anything and never used again.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct TransferId(pub [u8; 16]);
-
-impl fmt::Debug for TransferId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("TransferId(")?;
-        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))?;
-        f.write_str(")")
-    }
-}
 
 /// A message between two disks, about one slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

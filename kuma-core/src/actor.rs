@@ -743,7 +743,7 @@ async fn new_opener(core: &ShardCore, kind: &dyn Kind, identity: &Identity) -> R
     let row = EntityRow {
         // Its number comes with its first commit.
         eid: 0,
-        copy: CopyId::GENESIS,
+        copy: CopyId::LIVE,
         slot: identity.slot,
         kind: kind.name().clone(),
         id_hash: identity.hash,

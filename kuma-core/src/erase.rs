@@ -106,7 +106,7 @@ impl RawHandle {
         let core = self.core()?;
         let (entity, kind) = (who.identity.hash, who.kind.name());
         let unreadable = |error: kuma_shard::ReadError| EraseError::from(ReadError::unreadable(entity, error));
-        let find = async || core.shard.find_entity(CopyId::GENESIS, entity).await.map_err(unreadable);
+        let find = async || core.shard.find_entity(CopyId::LIVE, entity).await.map_err(unreadable);
         let Some(former) = find().await?.filter(|row| row.erased_at_us.is_some()) else {
             return Err(Refused::NotErased { entity }.into());
         };

@@ -242,7 +242,7 @@ async fn erase_rows(
     resumed: bool,
 ) -> Result<(ErasedRows, Option<EntityRow>), String> {
     let words = |error: &dyn std::fmt::Display| error.to_string();
-    let lives = core.shard.lives(CopyId::GENESIS, tombstone.id_hash).await.map_err(|error| words(&error))?;
+    let lives = core.shard.lives(CopyId::LIVE, tombstone.id_hash).await.map_err(|error| words(&error))?;
     let Some(row) = lives.into_iter().find(|row| row.key_id == tombstone.key_id) else {
         return Ok((ErasedRows::default(), None));
     };
@@ -324,7 +324,7 @@ impl EraserState {
         at_us: i64,
     ) -> Result<Found, EraseError> {
         let unreadable = |error: kuma_shard::ReadError| EraseError::from(ReadError::unreadable(entity, error));
-        let row = core.shard.find_entity(CopyId::GENESIS, entity).await.map_err(unreadable)?;
+        let row = core.shard.find_entity(CopyId::LIVE, entity).await.map_err(unreadable)?;
         let row = row.ok_or(Refused::NeverWritten { entity })?;
         if let Some(asked) = life.filter(|asked| *asked != row.life) {
             return match self.receipt_of_life(entity, asked).await? {
@@ -668,7 +668,7 @@ async fn purged_life(inner: &Inner, job: &Job) -> Result<Option<PurgedLife>, Str
     let Tombstone { key_id, id_hash, .. } = job.tombstone;
     // Its id is there, which its key must stay for.
     let Some(core) = &job.core else { return Err("its shard is out of use".to_owned()) };
-    let lives = core.shard.lives(CopyId::GENESIS, id_hash).await.map_err(|error| words(&error))?;
+    let lives = core.shard.lives(CopyId::LIVE, id_hash).await.map_err(|error| words(&error))?;
     if !lives.iter().any(|row| row.key_id == key_id) {
         return Ok(None);
     }

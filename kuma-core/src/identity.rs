@@ -8,7 +8,7 @@ use kuma_crypto::IdSecret;
 use kuma_shard::{EntityHash, Slot};
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
-use crate::Refused;
+use crate::{Refused, audit};
 
 /// An id is personal data as often as not; this bound keeps it short enough to be sealed in a row.
 pub(crate) const ID_BYTES_MAX: usize = 512;
@@ -28,7 +28,9 @@ impl Identity {
         check_kind(kind)?;
         let id: Box<str> = check_id(id)?.into();
         let hash = EntityHash(secret.hash(kind, &id).0);
-        Ok(Identity { slot: slot_of(kind, &id), id, hash })
+        // What is the store's own stays where the store is.
+        let slot = if audit::is_reserved(kind) { Slot::OWN } else { slot_of(kind, &id) };
+        Ok(Identity { slot, id, hash })
     }
 }
 

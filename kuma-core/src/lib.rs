@@ -125,8 +125,9 @@ pub use import::{Import, ImportError, ImportProblem, ImportProgress, ImportRepor
 pub use kind_options::KindOptions;
 pub use kuma_crypto::{LocalMasterKey, MasterKey, MasterKeyError, PublicKey};
 pub use kuma_shard::{
-    CommitError, CopyError, DataDirError, DiskId, Durability, EntityHash, Epoch, ModelError, NotWritten, OpenError,
-    QueryError, ReadError as StorageError, SLOTS, ShardReport, Skipped, Slot, StatsView, rusqlite,
+    CommitError, Content, CopyError, DataDirError, DiskId, Durability, EntityHash, Epoch, ModelError, NotWritten,
+    OpenError, QueryError, ReadError as StorageError, SLOTS, ShardReport, Skipped, Slot, SlotRecord, Staged, StatsView,
+    Token, TransferId, Txn, rusqlite,
 };
 pub use ledger::{LedgerError, LedgerSummary};
 pub use model_dir::ModelBuild;

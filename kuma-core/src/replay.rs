@@ -74,7 +74,7 @@ pub(crate) async fn replay(core: &ShardCore, kind: &dyn Kind, identity: &Identit
 }
 
 async fn find_and_fold(core: &ShardCore, kind: &dyn Kind, identity: &Identity) -> Result<Replayed, ReplayError> {
-    let Some(mut row) = core.shard.find_entity(CopyId::GENESIS, identity.hash).await? else {
+    let Some(mut row) = core.shard.find_entity(CopyId::LIVE, identity.hash).await? else {
         let past = Past::first(kind)?;
         let cost = ReplayCost::default();
         return Ok(Replayed { opener: None, past, cost, snapshot_bytes: 0, misfit: false });
@@ -284,7 +284,7 @@ impl Until {
 
 /// What it takes to read the entity's events without folding them; none if it was never written.
 pub(crate) async fn find(core: &ShardCore, identity: &Identity) -> Result<Option<Opener>, ReplayError> {
-    let Some(row) = core.shard.find_entity(CopyId::GENESIS, identity.hash).await? else { return Ok(None) };
+    let Some(row) = core.shard.find_entity(CopyId::LIVE, identity.hash).await? else { return Ok(None) };
     core.check_alive(&row)?;
     let key = core.vault.key(identity.hash, KeyId(row.key_id)).await?;
     Ok(Some(Opener { row: Arc::new(row), key }))

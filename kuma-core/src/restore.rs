@@ -623,6 +623,7 @@ impl Prepared {
                 disk_id: data_dir.disk_id(),
                 file: file.clone(),
                 queue_bytes_max: options.shard_bytes_max,
+                owns_slots: true,
             };
             let mut backup = ShardBackup::open(&self.directory, number, shards, self.disk_id).await?;
             let commits_total = backup.contents().position;

@@ -105,7 +105,7 @@ pub(crate) async fn replace(
     let RestoreRequest { who, core, version, reason, .. } = request;
     let entity = who.identity.hash;
     let unreadable = |error: kuma_shard::ReadError| EraseError::from(ReadError::unreadable(entity, error));
-    let row = core.shard.find_entity(CopyId::GENESIS, entity).await.map_err(unreadable)?;
+    let row = core.shard.find_entity(CopyId::LIVE, entity).await.map_err(unreadable)?;
     let row = row.ok_or(Refused::NeverWritten { entity })?;
     core.check_alive(&row).map_err(|cause| ReadError::unreadable(entity, cause))?;
     let key_id = row.key_id;
@@ -263,7 +263,7 @@ pub(crate) async fn settle(inner: &Inner, node: &NodeStore, erasing: &Erasing) -
     for (tombstone, next_key_id) in node.intended().await.map_err(|error| words(&error))? {
         // A shard that is out of use tells nothing; neither life is served.
         let Some(core) = inner.core_of_slot(tombstone.slot) else { continue };
-        let lives = core.shard.lives(CopyId::GENESIS, tombstone.id_hash).await.map_err(|error| words(&error))?;
+        let lives = core.shard.lives(CopyId::LIVE, tombstone.id_hash).await.map_err(|error| words(&error))?;
         if lives.iter().any(|row| row.key_id == next_key_id) {
             node.entomb(vec![tombstone]).await.map_err(|error| words(&error))?;
             erasing.entomb(&tombstone);

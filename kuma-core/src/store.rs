@@ -152,6 +152,7 @@ impl Kuma {
             disk_id: data_dir.disk_id(),
             file: file.clone(),
             queue_bytes_max: options.shard_bytes_max,
+            owns_slots: true,
         };
         let shards: Vec<ShardOptions> = (0..data_dir.shards()).map(shard_options).collect();
         if is_new {

@@ -487,7 +487,7 @@ async fn erased(inner: &Inner, number: i64, tombstone: &Tombstone) -> Result<Era
     let Tombstone { key_id, id_hash, slot, receipt_id, .. } = *tombstone;
     let life = match inner.core_of_slot(slot) {
         Some(core) => {
-            let lives = core.shard.lives(CopyId::GENESIS, id_hash).await.map_err(SubscribeError::Erasures)?;
+            let lives = core.shard.lives(CopyId::LIVE, id_hash).await.map_err(SubscribeError::Erasures)?;
             lives.into_iter().find(|life| life.key_id == key_id)
         }
         None => None,

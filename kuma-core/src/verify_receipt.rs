@@ -222,7 +222,7 @@ impl Kuma {
 
 async fn look_at_shard(core: &ShardCore, named: &Named) -> Result<String, String> {
     let words = |error: kuma_shard::ReadError| error.to_string();
-    let lives = core.shard.lives(CopyId::GENESIS, kuma_shard::EntityHash(named.id_hash)).await.map_err(words)?;
+    let lives = core.shard.lives(CopyId::LIVE, kuma_shard::EntityHash(named.id_hash)).await.map_err(words)?;
     let Some(row) = lives.into_iter().find(|row| row.key_id == named.key_id) else {
         return Ok("holds nothing of it".to_owned());
     };

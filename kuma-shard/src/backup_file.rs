@@ -287,7 +287,7 @@ impl BackupFile {
 
 async fn create(connection: &mut SqliteConnection, number: u16, shards: u16, disk_id: DiskId) -> sqlx::Result<()> {
     let first = Progress { next_position: 1, mark_position: 0, indexed_position: 0, digest: Digest::default() };
-    let images: Vec<SlotImage> = slots::slots_of(number, shards).map(SlotImage::genesis).collect();
+    let images: Vec<SlotImage> = slots::slots_of(number, shards).map(|slot| SlotImage::new(slot, true)).collect();
     sqlx::query("BEGIN IMMEDIATE").execute(&mut *connection).await?;
     schema::create(connection, Role::ShardBackup(number), disk_id).await?;
     progress::insert(connection, &Stored { commits: 0, progress: first }).await?;

@@ -4,14 +4,14 @@ use std::sync::Arc;
 
 use sqlx::{Row, sqlite::SqliteRow};
 
-use crate::{CopyId, EntityHash, Slot};
+use crate::{CopyId, EntityHash, Slot, TransferId};
 
 /// An entity as its shard knows it: by hash; its id only sealed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EntityRow {
     /// The number of the entity in its shard file.
     pub eid: i64,
-    /// The copy of the slot that the row came with.
+    /// Whether it is its slot's, or was given away with it.
     pub copy: CopyId,
     /// The slot.
     pub slot: Slot,
@@ -40,6 +40,16 @@ impl EntityRow {
     /// The row that stays of an entity that is erased.
     pub fn erased(&self, at_us: i64) -> Self {
         EntityRow { sealed_id: Vec::new(), erased_at_us: Some(self.erased_at_us.unwrap_or(at_us)), ..self.clone() }
+    }
+
+    /// Whether its slot was given away, and with it all that it has. What is left here are stubs, and no key.
+    pub fn is_departed(&self) -> bool {
+        self.copy != CopyId::LIVE
+    }
+
+    /// The row that stays of an entity whose slot was given away by `transfer`.
+    pub(crate) fn departed(&self, transfer: TransferId, at_us: i64) -> Self {
+        EntityRow { copy: transfer.into(), ..self.erased(at_us) }
     }
 
     pub(crate) fn checksum(&self) -> i64 {
@@ -83,7 +93,7 @@ impl EntityRow {
         let entity = EntityRow {
             eid: row.try_get("eid")?,
             copy: CopyId(copy),
-            slot: Slot::new(row.try_get::<i64, _>(slot)?.cast_unsigned()),
+            slot: Slot::from_stored(row.try_get(slot)?),
             kind: row.try_get::<String, _>("kind")?.into(),
             id_hash: EntityHash(id_hash),
             life: row.try_get("life")?,

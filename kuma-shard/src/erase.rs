@@ -317,7 +317,7 @@ mod tests {
             );
             assert_eq!(shard.find_snapshot(erased.eid).await.unwrap(), None);
             assert!(shard.append_keys(&erased, 9).await.unwrap().is_empty());
-            let row = shard.find_entity(CopyId::GENESIS, erased.id_hash).await.unwrap().unwrap();
+            let row = shard.find_entity(CopyId::LIVE, erased.id_hash).await.unwrap().unwrap();
             assert_eq!((row.erased_at_us, row.sealed_id.len()), (Some(77), 0));
 
             assert_eq!(shard.read_log(&neighbour, 0, 999).await.unwrap(), neighbours);
@@ -331,7 +331,7 @@ mod tests {
             shard.reopen().await;
         }
         // Again: nothing is left to be done.
-        let row = shard.find_entity(CopyId::GENESIS, erased.id_hash).await.unwrap().unwrap();
+        let row = shard.find_entity(CopyId::LIVE, erased.id_hash).await.unwrap().unwrap();
         assert_eq!(shard.erase(&row, 99).await.unwrap(), ErasedRows::default());
         shard.stop().await;
     }
@@ -412,9 +412,9 @@ mod tests {
         let second = Arc::new(EntityRow { life: 2, key_id: [9; 16], ..(*shard.entity(1, 0)).clone() });
         shard.append(&second, 1..=2).await;
         for _ in 0..2 {
-            let found = shard.find_entity(CopyId::GENESIS, first.id_hash).await.unwrap().unwrap();
+            let found = shard.find_entity(CopyId::LIVE, first.id_hash).await.unwrap().unwrap();
             assert_eq!((found.eid, found.life, found.erased_at_us), (second.eid, 2, None));
-            let lives = shard.lives(CopyId::GENESIS, first.id_hash).await.unwrap();
+            let lives = shard.lives(CopyId::LIVE, first.id_hash).await.unwrap();
             assert_eq!(lives.iter().map(|row| row.life).collect::<Vec<_>>(), [2, 1]);
             let report = shard.verify(&mut Trusting).await.unwrap();
             assert!(report.is_clean() && (report.entities, report.erased) == (2, 1), "{report:?}");

@@ -155,6 +155,20 @@ pub enum NotWritten {
         /// The slot.
         slot: Slot,
     },
+    /// The token of the slot is not what a change of it needs.
+    #[error("the token of slot {slot} is not what this change needs; nothing was written, look at it again")]
+    TokenChanged {
+        /// The slot.
+        slot: Slot,
+    },
+    /// Rows of a slot that is being received do not follow those that are there.
+    #[error("the rows of slot {slot} go on at {next_seq}; nothing was written, send them from there")]
+    RowsMissing {
+        /// The slot.
+        slot: Slot,
+        /// The place of the next row in the slot's log.
+        next_seq: u64,
+    },
     /// The entity was erased.
     #[error("the entity was erased")]
     Erased,

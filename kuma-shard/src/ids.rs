@@ -5,20 +5,31 @@ use std::fmt;
 /// How many slots there are: the unit of ownership and movement. Part of the format; it never changes.
 pub const SLOTS: u16 = 4096;
 
-/// One of [`SLOTS`] slots.
+/// One of [`SLOTS`] slots, or the store's own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Slot(u16);
 
 impl Slot {
+    /// The slot of what belongs to this very store and never moves: its audit log. Every store has one, and owns it.
+    pub const OWN: Slot = Slot(SLOTS);
+
     /// The slot with this number, taken modulo [`SLOTS`].
     pub fn new(number: u64) -> Self {
         // The remainder is below 4096, so that it always fits.
         Slot((number % u64::from(SLOTS)) as u16)
     }
 
-    /// The number, below [`SLOTS`].
+    /// The number: below [`SLOTS`], or equal to it for [`Slot::OWN`].
     pub fn number(self) -> u16 {
         self.0
+    }
+
+    /// The slot with this number, as it is stored.
+    pub(crate) fn from_stored(number: i64) -> Self {
+        match u16::try_from(number) {
+            Ok(SLOTS) => Slot::OWN,
+            _ => Slot::new(number.cast_unsigned()),
+        }
     }
 
     /// The shard that holds this slot on a node with `shards` shards.
@@ -69,6 +80,8 @@ pub struct Epoch {
 impl Epoch {
     /// The epoch that every slot of a new store starts with.
     pub const FIRST: Epoch = Epoch { term: 1, counter: 1 };
+    /// Lower than every epoch that anybody owns.
+    pub const NEVER: Epoch = Epoch { term: 0, counter: 0 };
 
     /// One integer in the same order, as stored. A term stays below 2^31, so that the sign bit is never set.
     pub fn to_i64(self) -> i64 {
@@ -125,13 +138,45 @@ impl fmt::Debug for DiskId {
     }
 }
 
-/// The transfer that brought a copy of a slot's rows to this disk; all zero for rows that were written here first.
+/// Whether an entity's rows are those of its slot, or were given away: all zero, or the transfer by which they left.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct CopyId(pub [u8; 16]);
 
 impl CopyId {
-    /// Rows that no transfer brought.
-    pub const GENESIS: CopyId = CopyId([0; 16]);
+    /// Rows that are the slot's.
+    pub const LIVE: CopyId = CopyId([0; 16]);
+}
+
+impl From<TransferId> for CopyId {
+    fn from(transfer: TransferId) -> Self {
+        CopyId(transfer.0)
+    }
+}
+
+/// Names one attempt to hand a slot over: 128 random bits, never derived from anything and never used again.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct TransferId(pub [u8; 16]);
+
+impl TransferId {
+    /// A new random name.
+    ///
+    /// # Errors
+    /// The operating system has no random bytes to give.
+    pub fn generate() -> Result<Self, getrandom::Error> {
+        DiskId::generate().map(|DiskId(bytes)| TransferId(bytes))
+    }
+}
+
+impl fmt::Display for TransferId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&hex::encode(self.0))
+    }
+}
+
+impl fmt::Debug for TransferId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "TransferId({self})")
+    }
 }
 
 impl fmt::Debug for CopyId {

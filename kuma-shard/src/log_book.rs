@@ -10,7 +10,7 @@
 //! - One commit that cannot be written fails alone, with the later ones of its activation.
 //! - Snapshots go with a group and are given up before a commit of it fails because of them. So are the steps of an erasure, which are
 //!   simply taken again.
-//! - A transaction with a step of an erasure persists the marks: it changes rows in front of them.
+//! - A transaction with a step of an erasure, or with a change of who owns a slot, persists the marks: it changes what is in front of them.
 //! - Nothing is written for an entity that is erased, or is being erased in the same group.
 
 use std::{
@@ -18,19 +18,21 @@ use std::{
     sync::Arc,
 };
 
+use parking_lot::RwLock;
 use sqlx::SqliteConnection;
 use tokio::sync::watch;
 
 use crate::{
-    Activation, CommitError, Digest, EntityRow, NotWritten, Slot, SnapshotRow,
+    Activation, CommitError, Digest, EntityRow, NotWritten, Slot, SnapshotRow, Token, TransferId, Txn,
     append_keys::AppendKeys,
     book::{Book, Progress, Size},
     erase::{self, EraseStep, ErasedRows, StepDone, Stubbed},
-    log_entry::{Commit, LogEntry, Work},
+    log_entry::{Commit, LogEntry, Moving, Work},
+    moving::{self, SlotChange},
     progress::Stored,
     replace::Replacement,
     row_hash::{RowFields, RowHash},
-    slots::{self, Ownership, SlotImage, SlotSum},
+    slots::{self, SharedSlots, SlotImage, SlotSum},
     snapshots,
     sqlite::{self, Trouble},
     statements::{self, Head, Transaction},
@@ -54,12 +56,21 @@ struct Staged {
     indexed: bool,
     /// Whether what is being written now can wait: a snapshot, or a step of an erasure.
     can_wait: bool,
+    /// Slots that come or leave, to be written.
+    moves: Vec<Move>,
+}
+
+/// Rows of a slot that come or leave.
+#[derive(Clone, Copy)]
+enum Move {
+    Leave { slot: Slot, transfer: TransferId, at_us: i64 },
+    Come { transfer: TransferId, first_eid: i64, first_position: u64, rows: u64 },
 }
 
 pub(crate) struct LogBook {
     file: Arc<str>,
     shards: u16,
-    slots: Vec<SlotImage>,
+    slots: SharedSlots,
     /// Slots that changed since the mark.
     dirty: BTreeSet<usize>,
     next_position: u64,
@@ -94,7 +105,7 @@ impl LogBook {
             snapshots_written: crate::metrics::snapshots_written(&file),
             file,
             shards,
-            slots,
+            slots: Arc::new(RwLock::new(slots)),
             dirty,
             next_position,
             mark_position,
@@ -121,12 +132,18 @@ impl LogBook {
             marks: false,
             indexed: false,
             can_wait: false,
+            moves: Vec::new(),
         })
     }
 
     /// The rows that are not in the indexes yet, shared with the readers.
     pub(crate) fn tail(&self) -> SharedTail {
         self.tail.clone()
+    }
+
+    /// The slots as of the last group that is durable.
+    pub(crate) fn shared_slots(&self) -> SharedSlots {
+        self.slots.clone()
     }
 
     /// The last position of the log that is durable.
@@ -166,8 +183,11 @@ impl LogBook {
 
     fn image(&self, slot: Slot) -> Option<(usize, SlotImage)> {
         let index = slots::index(slot, self.shards);
-        let staged = self.staged.as_ref().and_then(|staged| staged.slots.get(&index));
-        staged.or_else(|| self.slots.get(index)).filter(|image| image.slot == slot).map(|image| (index, *image))
+        let staged = self.staged.as_ref().and_then(|staged| staged.slots.get(&index)).copied();
+        staged
+            .or_else(|| self.slots.read().get(index).copied())
+            .filter(|image| image.slot == slot)
+            .map(|image| (index, image))
     }
 
     /// Whether `commit` may be written after what is staged.
@@ -176,7 +196,7 @@ impl LogBook {
             return Err(NotWritten::Voided);
         }
         let slot = commit.entity.slot;
-        if self.image(slot).is_none_or(|(_, image)| image.ownership != Ownership::Owned) {
+        if self.image(slot).is_none_or(|(_, image)| image.owned().is_none()) {
             return Err(NotWritten::NotOwner { slot });
         }
         let expected = match self.head(commit.entity.eid) {
@@ -198,7 +218,7 @@ impl LogBook {
     /// Whether the former life is the one that the next one was made from.
     fn check_replacement(&self, replacement: &Replacement) -> Result<(), NotWritten> {
         let Replacement { former, version, commits } = replacement;
-        if self.image(former.slot).is_none_or(|(_, image)| image.ownership != Ownership::Owned) {
+        if self.image(former.slot).is_none_or(|(_, image)| image.owned().is_none()) {
             return Err(NotWritten::NotOwner { slot: former.slot });
         }
         let head = self.head(former.eid);
@@ -219,9 +239,10 @@ impl LogBook {
     /// Assigns position and seq to a commit.
     fn place(&mut self, commit: &Commit) -> Option<Place> {
         let (index, mut image) = self.image(commit.entity.slot)?;
+        let epoch = image.owned()?;
         let staged = self.staged.as_mut()?;
         let mut place =
-            Place { position: staged.next_position, seq: image.next_seq, epoch: image.epoch.to_i64(), checksum: 0 };
+            Place { position: staged.next_position, seq: image.next_seq, epoch: epoch.to_i64(), checksum: 0 };
         let hash = RowHash::of(&RowFields {
             slot: commit.entity.slot,
             seq: place.seq,
@@ -230,7 +251,7 @@ impl LogBook {
             version: commit.first_version,
             count: commit.count,
             at_us: commit.at_us,
-            epoch: image.epoch,
+            epoch,
             append_key: commit.append_key.as_deref(),
             body: &commit.body,
         });
@@ -278,10 +299,111 @@ impl LogBook {
                     }
                     Err(refusal) => entry.refusal = Some(refusal),
                 },
-                Work::Barrier(_) | Work::Snapshot(_) | Work::Erase(_) | Work::Create(_) => {}
+                Work::ChangeSlot(change) => {
+                    if !self.stage_change(change) {
+                        entry.refusal = Some(NotWritten::TokenChanged { slot: change.slot });
+                    }
+                }
+                Work::Moving(Moving::Incoming(incoming)) => {
+                    let (slot, transfer) = (incoming.slot, incoming.transfer);
+                    if !self.may_change(slot, transfer) {
+                        entry.refusal = Some(NotWritten::TokenChanged { slot });
+                    }
+                }
+                Work::Moving(Moving::Drop { slot, transfer, .. }) => {
+                    if self.image(*slot).is_none_or(|(_, image)| is_staged(&image, *transfer)) {
+                        entry.refusal = Some(NotWritten::TokenChanged { slot: *slot });
+                    }
+                }
+                Work::Barrier(_) | Work::Snapshot(_) | Work::Erase(_) | Work::Create(_) | Work::Moving(_) => {}
             }
         }
         places
+    }
+
+    /// Changes a token, if it allows that as of all that is staged before. What else has to be written is noted.
+    fn stage_change(&mut self, change: &SlotChange) -> bool {
+        let Some((index, image)) = self.image(change.slot) else { return false };
+        if !image.record().allows(&change.txn) || change.slot == Slot::OWN {
+            return false;
+        }
+        let after = image.after(&change.txn);
+        let Some(staged) = &mut self.staged else { return false };
+        let leaves = match (change.txn, image.token) {
+            (Txn::ConfirmTaken { transfer }, _) => Some(transfer),
+            // A higher epoch proves that what was released before was taken.
+            (Txn::Take { .. }, Token::Released { transfer, is_taken: false, .. }) => Some(transfer),
+            _ => None,
+        };
+        if let Some(transfer) = leaves {
+            staged.moves.push(Move::Leave { slot: change.slot, transfer, at_us: change.at_us });
+        }
+        if let Txn::Take { transfer, .. } = change.txn {
+            let (first_eid, first_position) = (change.first_eid, staged.next_position);
+            staged.moves.push(Move::Come { transfer, first_eid, first_position, rows: after.len });
+            staged.next_position += after.len;
+        }
+        staged.digest.subtract_digest(&image.digest);
+        staged.digest.add_digest(&after.digest);
+        staged.slots.insert(index, after);
+        true
+    }
+
+    /// Whether rows of this transfer may come in.
+    fn may_change(&self, slot: Slot, transfer: TransferId) -> bool {
+        self.image(slot).is_some_and(|(_, image)| image.owned().is_none() && !is_staged(&image, transfer))
+    }
+
+    /// Writes what comes in of slots that move, and what else they need, into the open transaction.
+    async fn write_moving(&mut self, connection: &mut SqliteConnection, group: &mut [LogEntry]) -> sqlx::Result<()> {
+        for entry in group.iter_mut().filter(|entry| entry.refusal.is_none()) {
+            let Work::Moving(work) = &entry.work else { continue };
+            match work {
+                Moving::Incoming(incoming) => entry.refusal = moving::receive(connection, incoming).await?.err(),
+                Moving::Drop { transfer, done, .. } => *done.lock() = moving::drop_some(connection, *transfer).await?,
+                Moving::Collected(transfer) => moving::collected(connection, *transfer).await?,
+                Moving::IndexSlots => {
+                    statements::execute(connection, "CREATE INDEX IF NOT EXISTS entity_slot ON entity(slot)").await?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes slots in and gives slots away, in the open transaction; of the entities in `created` those that have to be written before. Returns
+    /// the others.
+    async fn write_moves<'a, 'b>(
+        &mut self,
+        connection: &mut SqliteConnection,
+        mut created: &'a [&'b EntityRow],
+    ) -> sqlx::Result<&'a [&'b EntityRow]> {
+        let Some(staged) = &mut self.staged else { return Ok(created) };
+        for step in std::mem::take(&mut staged.moves) {
+            match step {
+                Move::Leave { slot, transfer, at_us } => {
+                    let left = moving::depart(connection, slot, transfer, at_us).await?;
+                    staged.heads.extend(left.into_iter().map(|eid| (eid, Head::Erased)));
+                }
+                Move::Come { transfer, first_eid, first_position, rows } => {
+                    // In the order of their numbers, so that none ever moves.
+                    let (before, after) = created.split_at(created.partition_point(|entity| entity.eid < first_eid));
+                    statements::insert_entities(connection, before).await?;
+                    created = after;
+                    let (tail, keys) = (&mut staged.rows, &mut staged.keys);
+                    let came = moving::take(connection, transfer, first_eid, first_position, |copied| {
+                        let (eid, row) = (copied.eid, &copied.row);
+                        tail.push(TailRow { eid, version: row.version, position: row.position });
+                        if let Some(append_key) = &row.append_key {
+                            keys.note(eid, append_key, row.position);
+                        }
+                    });
+                    if came.await? != rows {
+                        return Err(sqlx::Error::Decode("what came in of a slot is not what was staged".into()));
+                    }
+                }
+            }
+        }
+        Ok(created)
     }
 
     /// The usual way: all rows in as few round trips as possible.
@@ -295,6 +417,14 @@ impl LogBook {
         let unknown = self.unknown_heads(group);
         self.learn_heads(connection, unknown).await?;
         let places = self.stage_all(group);
+        let changes = group.iter().any(|entry| matches!(entry.work, Work::ChangeSlot(_)));
+        let moves = changes || group.iter().any(|entry| matches!(entry.work, Work::Moving(_)));
+        let mut transaction = Transaction::New;
+        if moves {
+            statements::execute(connection, "BEGIN IMMEDIATE").await?;
+            transaction = Transaction::Open;
+            self.write_moving(connection, group).await?;
+        }
         let written = group.iter().filter(|entry| entry.refusal.is_none());
         let rows: Vec<(&Commit, Place)> = written.flat_map(LogEntry::commits).zip(places).collect();
         let created: Vec<&EntityRow> =
@@ -306,15 +436,17 @@ impl LogBook {
             .collect();
         let snapshots: Vec<&SnapshotRow> = group.iter().filter_map(LogEntry::snapshot_row).collect();
         let erasures: Vec<EraseStep> = group.iter().filter_map(LogEntry::erase_step).cloned().collect();
-        // It changes rows in front of the mark, and is led to them by the index.
-        self.marks_due |= !erasures.is_empty();
-        let mut transaction = Transaction::New;
+        // It changes rows in front of the mark, and is led to them by the index; or it changes who owns a slot.
+        self.marks_due |= !erasures.is_empty() || changes;
         let mut last = rows.as_slice();
-        let one_script = created.is_empty() && snapshots.is_empty() && statements::is_one_script(rows.len());
+        let one_script = created.is_empty() && snapshots.is_empty() && !moves && statements::is_one_script(rows.len());
         if !one_script || self.index_due() {
-            statements::execute(connection, "BEGIN IMMEDIATE").await?;
-            transaction = Transaction::Open;
-            statements::insert_entities(connection, &created).await?;
+            if transaction == Transaction::New {
+                statements::execute(connection, "BEGIN IMMEDIATE").await?;
+                transaction = Transaction::Open;
+            }
+            let created = self.write_moves(connection, &created).await?;
+            statements::insert_entities(connection, created).await?;
             last = statements::insert_all_but_last(connection, last).await?;
             self.write_snapshots(connection, &snapshots).await?;
             for former in replaced {
@@ -419,8 +551,10 @@ impl LogBook {
                 NotWritten::Io { file, detail }
             }
         };
-        let can_wait =
-            |entry: &&mut LogEntry| matches!(entry.work, Work::Snapshot(_) | Work::Erase(_) | Work::Replace(_));
+        let can_wait = |entry: &&mut LogEntry| {
+            let moves = matches!(entry.work, Work::ChangeSlot(_) | Work::Moving(_));
+            moves || matches!(entry.work, Work::Snapshot(_) | Work::Erase(_) | Work::Replace(_))
+        };
         for entry in group.iter_mut().filter(can_wait) {
             entry.refusal = Some(why.clone());
         }
@@ -440,7 +574,8 @@ impl LogBook {
             let Some((index, mut image)) = self.image(entity.slot) else { continue };
             let Some(staged) = self.staged.as_mut() else { continue };
             for Stubbed { row, before, after } in &rows {
-                for digest in [&mut image.digest, &mut staged.digest] {
+                // What was given away is in no digest.
+                for digest in [&mut image.digest, &mut staged.digest].into_iter().filter(|_| !entity.is_departed()) {
                     digest.subtract(before);
                     digest.add(after);
                 }
@@ -449,7 +584,7 @@ impl LogBook {
                 erased.bytes += row.body.len() as u64;
                 erased.append_keys += u64::from(row.append_key.is_some());
             }
-            image.erasures += 1;
+            image.erasures += u64::from(!entity.is_departed());
             staged.slots.insert(index, image);
             *done.lock() = StepDone { rows: erased, next };
         }
@@ -486,8 +621,11 @@ impl LogBook {
     async fn write_marks(&mut self, connection: &mut SqliteConnection) -> sqlx::Result<()> {
         let Some(staged) = self.staged.as_mut().filter(|_| self.marks_due) else { return Ok(()) };
         let changed: BTreeSet<usize> = self.dirty.iter().chain(staged.slots.keys()).copied().collect();
-        let images = changed.iter().filter_map(|index| staged.slots.get(index).or_else(|| self.slots.get(*index)));
-        slots::store(connection, images).await?;
+        let images: Vec<SlotImage> = {
+            let kept = self.slots.read();
+            changed.iter().filter_map(|index| staged.slots.get(index).or_else(|| kept.get(*index)).copied()).collect()
+        };
+        slots::store(connection, images.iter()).await?;
         staged.marks = true;
         Ok(())
     }
@@ -504,6 +642,8 @@ impl Book for LogBook {
             Work::Create(row) => Size { bytes: row.sealed_id.len() + 128, events: 0 },
             Work::Replace(replacement) => Size { bytes: replacement.bytes(), events: replacement.commits.len() },
             Work::Erase(_) => Size { bytes: 4096, events: GROUP_EVENTS_MAX / erase::STEPS_IN_GROUP },
+            Work::Moving(Moving::Incoming(incoming)) => Size { bytes: incoming.bytes(), events: 0 },
+            Work::ChangeSlot(_) | Work::Moving(_) => Size { bytes: 1024, events: 0 },
         }
     }
 
@@ -513,6 +653,7 @@ impl Book for LogBook {
             || group.iter().any(|entry| match &entry.work {
                 Work::Commit(activation, _) => !activation.is_voided(),
                 Work::Snapshot(_) | Work::Erase(_) | Work::Create(_) | Work::Replace(_) => true,
+                Work::ChangeSlot(_) | Work::Moving(_) => true,
                 Work::Barrier(_) => false,
             })
     }
@@ -559,11 +700,12 @@ impl Book for LogBook {
     }
 
     fn slots(&self) -> BTreeMap<Slot, SlotSum> {
-        self.slots.iter().map(|image| (image.slot, image.sum())).collect()
+        self.slots.read().iter().map(|image| (image.slot, image.sum())).collect()
     }
 
     fn erasures(&self) -> BTreeMap<Slot, u64> {
-        let some = self.slots.iter().filter(|image| image.erasures > 0);
+        let slots = self.slots.read();
+        let some = slots.iter().filter(|image| image.erasures > 0);
         some.map(|image| (image.slot, image.erasures)).collect()
     }
 
@@ -585,11 +727,13 @@ impl Book for LogBook {
         }
         self.heads.extend(staged.heads);
         self.dirty.extend(staged.slots.keys());
+        let mut slots = self.slots.write();
         for (index, image) in staged.slots {
-            if let Some(slot) = self.slots.get_mut(index) {
+            if let Some(slot) = slots.get_mut(index) {
                 *slot = image;
             }
         }
+        drop(slots);
         if staged.marks {
             self.marks_due = false;
             self.dirty.clear();
@@ -616,9 +760,14 @@ impl Book for LogBook {
             }
             Work::Barrier(activation) => unless_voided(&activation),
             Work::Snapshot(_) | Work::Erase(_) | Work::Create(_) | Work::Replace(_) => outcome,
+            Work::ChangeSlot(_) | Work::Moving(_) => outcome,
         };
         (entry.on_settled)(result);
     }
+}
+
+fn is_staged(image: &SlotImage, transfer: TransferId) -> bool {
+    image.staged.is_some_and(|staged| staged.transfer == transfer)
 }
 
 fn unless_voided(activation: &Activation) -> Result<(), CommitError> {

@@ -2,7 +2,14 @@
 
 use std::sync::Arc;
 
-use crate::{Activation, CommitError, EntityRow, NotWritten, SnapshotRow, erase::EraseStep, replace::Replacement};
+use parking_lot::Mutex;
+
+use crate::{
+    Activation, CommitError, EntityRow, NotWritten, Slot, SnapshotRow, TransferId,
+    erase::EraseStep,
+    moving::{Incoming, SlotChange},
+    replace::Replacement,
+};
 
 /// The events of one append, sealed.
 #[derive(Debug)]
@@ -54,6 +61,21 @@ pub(crate) enum Work {
     Create(EntityRow),
     /// A new life in the place of the one before.
     Replace(Replacement),
+    /// Of who owns a slot.
+    ChangeSlot(SlotChange),
+    Moving(Moving),
+}
+
+/// Work of a slot that moves, beside its token. None of it may fail the commits of others.
+pub(crate) enum Moving {
+    /// Rows that come in.
+    Incoming(Incoming),
+    /// Some of a transfer is dropped; told whether that was all.
+    Drop { slot: Slot, transfer: TransferId, done: Arc<Mutex<bool>> },
+    /// All that left with a transfer are stubs.
+    Collected(TransferId),
+    /// Entities are to be found by their slots.
+    IndexSlots,
 }
 
 /// Something on its way, with the reason why it alone was refused.
@@ -84,6 +106,36 @@ impl LogEntry {
         LogEntry { work: Work::Erase(step), on_settled, refusal: None }
     }
 
+    /// A change of a slot's token.
+    pub(crate) fn change_slot(change: SlotChange, on_settled: OnSettled) -> Self {
+        LogEntry { work: Work::ChangeSlot(change), on_settled, refusal: None }
+    }
+
+    /// Rows that come in.
+    pub(crate) fn incoming(incoming: Incoming, on_settled: OnSettled) -> Self {
+        LogEntry { work: Work::Moving(Moving::Incoming(incoming)), on_settled, refusal: None }
+    }
+
+    /// Drops some of what came in.
+    pub(crate) fn drop_transfer(
+        slot: Slot,
+        transfer: TransferId,
+        done: Arc<Mutex<bool>>,
+        on_settled: OnSettled,
+    ) -> Self {
+        LogEntry { work: Work::Moving(Moving::Drop { slot, transfer, done }), on_settled, refusal: None }
+    }
+
+    /// Forgets what left with a transfer.
+    pub(crate) fn collected(transfer: TransferId, on_settled: OnSettled) -> Self {
+        LogEntry { work: Work::Moving(Moving::Collected(transfer)), on_settled, refusal: None }
+    }
+
+    /// Makes the index of slots.
+    pub(crate) fn index_slots(on_settled: OnSettled) -> Self {
+        LogEntry { work: Work::Moving(Moving::IndexSlots), on_settled, refusal: None }
+    }
+
     /// Settles an entry that never reached its writer.
     pub(crate) fn refuse(self, error: CommitError) {
         if let Work::Commit(activation, _) | Work::Barrier(activation) = &self.work {
@@ -97,21 +149,21 @@ impl LogEntry {
         match &self.work {
             Work::Commit(_, commit) => std::slice::from_ref(commit),
             Work::Replace(replacement) => &replacement.commits,
-            Work::Barrier(_) | Work::Snapshot(_) | Work::Erase(_) | Work::Create(_) => &[],
+            _ => &[],
         }
     }
 
     pub(crate) fn snapshot_row(&self) -> Option<&SnapshotRow> {
         match &self.work {
             Work::Snapshot(snapshot) => Some(snapshot),
-            Work::Commit(..) | Work::Barrier(_) | Work::Erase(_) | Work::Create(_) | Work::Replace(_) => None,
+            _ => None,
         }
     }
 
     pub(crate) fn erase_step(&self) -> Option<&EraseStep> {
         match &self.work {
             Work::Erase(step) => Some(step),
-            Work::Commit(..) | Work::Barrier(_) | Work::Snapshot(_) | Work::Create(_) | Work::Replace(_) => None,
+            _ => None,
         }
     }
 
@@ -128,7 +180,7 @@ impl LogEntry {
             Work::Commit(_, commit) => commit.create.then_some(&*commit.entity),
             Work::Create(row) => Some(row),
             Work::Replace(replacement) => replacement.row(),
-            Work::Barrier(_) | Work::Snapshot(_) | Work::Erase(_) => None,
+            _ => None,
         }
     }
 }

@@ -62,7 +62,7 @@ pub(crate) fn parse(row: &SqliteRow, entity: &EntityRow) -> sqlx::Result<(LogRow
     let number = |name| row.try_get::<i64, _>(name).map(i64::cast_unsigned);
     let log_row = LogRow {
         position: number("position")?,
-        slot: Slot::new(number("slot")?),
+        slot: Slot::from_stored(row.try_get("slot")?),
         seq: number("seq")?,
         version: number("version")?,
         count: number("count")? as u32,

@@ -84,11 +84,11 @@ mod tests {
         // It was made from another version than the newest one.
         let refused = shard.replace(&former, 299, next(), commits, 7).await;
         assert!(matches!(refused, Err(CommitError::NotWritten(NotWritten::Conflict { .. }))), "{refused:?}");
-        assert_eq!(shard.find_entity(CopyId::GENESIS, former.id_hash).await.unwrap().unwrap().eid, former.eid);
+        assert_eq!(shard.find_entity(CopyId::LIVE, former.id_hash).await.unwrap().unwrap().eid, former.eid);
 
         shard.replace(&former, 300, next(), commits, 7).await.unwrap();
         for _ in 0..2 {
-            let found = shard.find_entity(CopyId::GENESIS, former.id_hash).await.unwrap().unwrap();
+            let found = shard.find_entity(CopyId::LIVE, former.id_hash).await.unwrap().unwrap();
             assert_eq!((found.life, found.erased_at_us), (2, None));
             assert_eq!(shard.read_log(&found, 0, 999).await.unwrap().len(), 200);
             let late = shard.submit(&Arc::new(Activation::at(300)), commit(&former, 301)).await.unwrap();
@@ -98,7 +98,7 @@ mod tests {
             shard.reopen().await;
         }
         assert_eq!(shard.erase(&former, 7).await.unwrap().commits, 300);
-        let found = shard.find_entity(CopyId::GENESIS, former.id_hash).await.unwrap().unwrap();
+        let found = shard.find_entity(CopyId::LIVE, former.id_hash).await.unwrap().unwrap();
         let activation = Arc::new(Activation::at(200));
         shard.submit(&activation, commit(&found.into(), 201)).await.unwrap().unwrap();
         let report = shard.verify(&mut Trusting).await.unwrap();

@@ -80,14 +80,19 @@ impl Digest {
 
     /// Takes one row's hash away.
     pub(crate) fn subtract(&mut self, row: &RowHash) {
-        // The two's complement.
-        self.add_words(Digest::from_bytes(row.0).0.map(|word| !word));
-        self.add_words([1, 0, 0, 0]);
+        self.subtract_digest(&Digest::from_bytes(row.0));
     }
 
     /// Adds all that another digest sums.
     pub(crate) fn add_digest(&mut self, other: &Digest) {
         self.add_words(other.0);
+    }
+
+    /// Takes all that another digest sums away.
+    pub(crate) fn subtract_digest(&mut self, other: &Digest) {
+        // The two's complement.
+        self.add_words(other.0.map(|word| !word));
+        self.add_words([1, 0, 0, 0]);
     }
 
     fn add_words(&mut self, words: [u64; 4]) {

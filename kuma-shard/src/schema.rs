@@ -1,7 +1,7 @@
 //! The tables, and how a file is made.
 //!
 //! Invariants:
-//! - `PRAGMA user_version` is the format. A file of another one is refused. Formats 1 and 2 were never released.
+//! - `PRAGMA user_version` is the format. A file of another one is refused. Formats 1 to 3 were never released.
 //! - Cells with secrets or sealed bytes never move: their tables grow at the end only, and a row whose content has to go is shrunk in place
 //!   and never deleted. SQLite zeroes what a row leaves behind (`secure_delete`), but not the copy that rebalancing a page leaves in
 //!   its unused space (docs/adr/0016-rows-that-do-not-move.md).
@@ -12,7 +12,7 @@ use sqlx::{Row, SqliteConnection};
 use crate::DiskId;
 
 /// The newest file format known here.
-pub const FORMAT: u32 = 3;
+pub const FORMAT: u32 = 4;
 
 /// What a database is for. Stored in it, so that files cannot be mixed up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -121,14 +121,53 @@ CREATE TABLE slot_token(
     state TEXT NOT NULL,
     epoch INTEGER NOT NULL,
     floor INTEGER NOT NULL,
-    copy BLOB NOT NULL,
+    last_owned INTEGER NOT NULL,
     peer BLOB,
     transfer BLOB,
     next_seq INTEGER NOT NULL,
     len INTEGER NOT NULL,
     digest BLOB NOT NULL,
+    staged_transfer BLOB,
+    staged_epoch INTEGER,
+    staged_from BLOB,
+    staged_len INTEGER,
+    staged_digest BLOB,
     checksum INTEGER NOT NULL
 ) STRICT;
+CREATE TABLE departed(
+    transfer BLOB PRIMARY KEY,
+    slot INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+CREATE TABLE incoming_entity(
+    number INTEGER PRIMARY KEY,
+    transfer BLOB NOT NULL,
+    slot INTEGER NOT NULL,
+    entity INTEGER NOT NULL,
+    kind TEXT NOT NULL,
+    id_hash BLOB NOT NULL,
+    life INTEGER NOT NULL,
+    sealed_id BLOB NOT NULL,
+    key_id BLOB NOT NULL,
+    created_at INTEGER NOT NULL,
+    erased_at INTEGER,
+    checksum INTEGER NOT NULL
+) STRICT;
+CREATE UNIQUE INDEX incoming_entity_place ON incoming_entity(transfer, entity);
+CREATE TABLE incoming_log(
+    number INTEGER PRIMARY KEY,
+    transfer BLOB NOT NULL,
+    seq INTEGER NOT NULL,
+    slot INTEGER NOT NULL,
+    entity INTEGER NOT NULL,
+    version INTEGER NOT NULL,
+    count INTEGER NOT NULL,
+    at INTEGER NOT NULL,
+    epoch INTEGER NOT NULL,
+    append_key BLOB,
+    checksum INTEGER NOT NULL,
+    body BLOB NOT NULL
+) STRICT;
+CREATE UNIQUE INDEX incoming_log_place ON incoming_log(transfer, seq);
 ";
 
 /// As in a shard, without what is made anew from the log. `erased` has those entities that have nothing but stubs left, here and in the store.
@@ -164,12 +203,17 @@ CREATE TABLE slot_token(
     state TEXT NOT NULL,
     epoch INTEGER NOT NULL,
     floor INTEGER NOT NULL,
-    copy BLOB NOT NULL,
+    last_owned INTEGER NOT NULL,
     peer BLOB,
     transfer BLOB,
     next_seq INTEGER NOT NULL,
     len INTEGER NOT NULL,
     digest BLOB NOT NULL,
+    staged_transfer BLOB,
+    staged_epoch INTEGER,
+    staged_from BLOB,
+    staged_len INTEGER,
+    staged_digest BLOB,
     checksum INTEGER NOT NULL
 ) STRICT;
 CREATE TABLE erased(
@@ -247,7 +291,7 @@ pub(crate) async fn create(connection: &mut SqliteConnection, role: Role, disk_i
         .execute(&mut *connection)
         .await?;
     // FORMAT. A pragma takes no parameters.
-    sqlx::query("PRAGMA user_version = 3").execute(connection).await?;
+    sqlx::query("PRAGMA user_version = 4").execute(connection).await?;
     Ok(())
 }
 

@@ -20,7 +20,7 @@ use crate::{
     open::FileSpec,
     row_hash::RowHash,
     schema::Role,
-    slots::{self, SlotImage},
+    slots::{self, SharedSlots, SlotImage},
     sqlite,
     tail::{SharedTail, TailRow},
     writer::WriterMessage,
@@ -41,6 +41,8 @@ pub struct ShardOptions {
     pub file: FileOptions,
     /// How many bytes may wait for the disk.
     pub queue_bytes_max: usize,
+    /// Whether a new store owns all slots. In a cluster that others founded it owns none.
+    pub owns_slots: bool,
 }
 
 impl ShardOptions {
@@ -72,6 +74,8 @@ struct Inner {
     number: u16,
     database: Database<LogBook>,
     tail: SharedTail,
+    slots: SharedSlots,
+    shards: u16,
     end: watch::Receiver<u64>,
     /// Connections for whoever reads the log in its order.
     feeders: SqlitePool,
@@ -85,7 +89,9 @@ impl Shard {
     /// # Errors
     /// The file exists or cannot be written.
     pub async fn create(options: &ShardOptions) -> Result<(), OpenError> {
-        let images: Vec<SlotImage> = slots::slots_of(options.number, options.shards).map(SlotImage::genesis).collect();
+        let images: Vec<SlotImage> = slots::slots_of(options.number, options.shards)
+            .map(|slot| SlotImage::new(slot, options.owns_slots))
+            .collect();
         options.spec().create(async |connection| slots::store(connection, images.iter()).await).await
     }
 
@@ -102,7 +108,7 @@ impl Shard {
         let witnessed = inspected.witnessed;
         inspected.close().await;
         let (book, next_eid) = loaded?;
-        let (tail, end) = (book.tail(), book.end());
+        let (tail, slots, end) = (book.tail(), book.shared_slots(), book.end());
         if witnessed.is_some_and(|digest| digest != book.progress().digest) {
             return Err(spec.damaged("the digest of its rows is not the one in its watermark"));
         }
@@ -111,6 +117,8 @@ impl Shard {
             number: options.number,
             database,
             tail,
+            slots,
+            shards: options.shards,
             end,
             feeders: sqlite::reader_pool(&spec.path, &spec.options, FEEDERS),
             budget: Budget::new(options.queue_bytes_max),
@@ -150,9 +158,14 @@ impl Shard {
 
     /// Gives the next number out, before anybody else is given one.
     pub(crate) fn number_next(&self, hand_in: impl FnOnce(i64)) {
+        self.number_many(1, hand_in);
+    }
+
+    /// Gives the first of so many numbers out, before anybody else is given one.
+    pub(crate) fn number_many(&self, count: i64, hand_in: impl FnOnce(i64)) {
         let mut next = self.inner.next_eid.lock();
         let eid = *next;
-        *next += 1;
+        *next += count;
         hand_in(eid);
     }
 
@@ -216,6 +229,16 @@ impl Shard {
 
     pub(crate) fn feeders(&self) -> &SqlitePool {
         &self.inner.feeders
+    }
+
+    pub(crate) fn shared_slots(&self) -> &SharedSlots {
+        &self.inner.slots
+    }
+
+    /// The slot as of the last durable commit, if it is of this shard.
+    pub(crate) fn slot_image(&self, slot: Slot) -> Option<SlotImage> {
+        let images = self.inner.slots.read();
+        images.get(slots::index(slot, self.inner.shards)).filter(|image| image.slot == slot).copied()
     }
 
     pub(crate) fn tail(&self) -> &SharedTail {
@@ -298,7 +321,7 @@ fn parse_tail(row: &SqliteRow) -> sqlx::Result<(LogRow, RowHash, i64)> {
     };
     let entity = EntityRow {
         eid: 0,
-        copy: CopyId::GENESIS,
+        copy: CopyId::LIVE,
         slot: Slot::new(0),
         kind: "".into(),
         id_hash: EntityHash(bytes("id_hash")?),

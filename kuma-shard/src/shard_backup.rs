@@ -281,6 +281,10 @@ impl<P: FnMut(CopyProgress) + Send> Copying<'_, P> {
             if row.position != next {
                 return Err(self.source_error(next, None, "was committed and is not there"));
             }
+            if entity.is_departed() {
+                let detail = "is of a slot that was given away; nodes of a cluster cannot be backed up this way";
+                return Err(self.source_error(next, Some(&entity), detail));
+            }
             let (row, hash) = match entity.erased_at_us.is_some() && !row.is_stub() {
                 false => (row, hash),
                 true => {
@@ -710,7 +714,7 @@ mod tests {
         let slots = fixture.shard.database().audit().await.unwrap().slots;
         fixture.restore(&Destroyed::new()).await;
         assert_eq!(fixture.shard.database().audit().await.unwrap().slots, slots);
-        let row = fixture.shard.find_entity(CopyId::GENESIS, erased.id_hash).await.unwrap().unwrap();
+        let row = fixture.shard.find_entity(CopyId::LIVE, erased.id_hash).await.unwrap().unwrap();
         assert_eq!((row.erased_at_us, row.sealed_id.len()), (Some(77), 0));
         fixture.assert_clean().await;
         fixture.shard.stop().await;
@@ -770,7 +774,7 @@ mod tests {
                         let commits = |row: &Arc<EntityRow>| (1..=50).map(|version| commit(row, version)).collect();
                         shard.replace(former, 50, next, commits, 7).await.unwrap();
                         shard.erase(&former.erased(7), 7).await.unwrap();
-                        *former = Arc::new(shard.find_entity(CopyId::GENESIS, former.id_hash).await.unwrap().unwrap());
+                        *former = Arc::new(shard.find_entity(CopyId::LIVE, former.id_hash).await.unwrap().unwrap());
                     }
                 }
                 0

@@ -3,49 +3,36 @@
 //! Invariants:
 //! - The writer's memory is the truth between two marks; the file holds each slot as of the mark's position, and what follows the
 //!   mark is folded in at open. Updating rows of this table in every group commit would double the cost of small appends.
+//! - A change of who owns a slot is written with the marks, in the transaction that makes it.
 //! - `next_seq` of an owned slot has no gaps: it is assigned inside the commit by the only writer.
 //! - The absence of a row never means ownership.
 
+use std::sync::Arc;
+
+use parking_lot::RwLock;
 use sqlx::{Row, SqliteConnection, sqlite::SqliteRow};
 
-use crate::{CopyId, Digest, Epoch, SLOTS, Slot, row_hash::RowHash};
-
-/// Whether this node may write a slot's rows. (The states of a handoff join these with the cluster.)
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Ownership {
-    /// Never owned here.
-    None,
-    /// Owned, with the epoch of the token.
-    Owned,
-}
-
-impl Ownership {
-    fn as_str(self) -> &'static str {
-        match self {
-            Ownership::None => "none",
-            Ownership::Owned => "owned",
-        }
-    }
-
-    fn parse(text: &str) -> Option<Self> {
-        [Ownership::None, Ownership::Owned].into_iter().find(|state| state.as_str() == text)
-    }
-}
+use crate::{
+    Content, Digest, DiskId, Epoch, SLOTS, Slot, SlotRecord, Staged, Token, TransferId, Txn, row_hash::RowHash,
+};
 
 /// One slot as its writer knows it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct SlotImage {
     pub(crate) slot: Slot,
-    pub(crate) ownership: Ownership,
-    pub(crate) epoch: Epoch,
+    pub(crate) token: Token,
     pub(crate) floor: Epoch,
-    pub(crate) copy: CopyId,
+    pub(crate) last_owned: Epoch,
+    pub(crate) staged: Option<Staged>,
     pub(crate) next_seq: u64,
     pub(crate) len: u64,
     pub(crate) digest: Digest,
     /// Steps of erasures since the file was opened.
     pub(crate) erasures: u64,
 }
+
+/// The slots of a shard. Changed by its writer alone, when a group is durable.
+pub(crate) type SharedSlots = Arc<RwLock<Vec<SlotImage>>>;
 
 /// How many rows a slot has, and their digest.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -61,57 +48,149 @@ impl SlotSum {
     }
 }
 
+impl From<SlotSum> for Content {
+    fn from(sum: SlotSum) -> Self {
+        Content { len: sum.len, digest: sum.digest.to_bytes() }
+    }
+}
+
 impl SlotImage {
     pub(crate) fn sum(&self) -> SlotSum {
         SlotSum { len: self.len, digest: self.digest }
     }
 
-    /// A slot of a new, standalone store.
-    pub(crate) fn genesis(slot: Slot) -> Self {
+    /// A slot of a new store: its own, or of a cluster that others founded.
+    pub(crate) fn new(slot: Slot, is_owned: bool) -> Self {
+        let record = match is_owned || slot == Slot::OWN {
+            true => SlotRecord::founded(Content::default()),
+            false => SlotRecord::NONE,
+        };
+        let empty = SlotSum::default();
         SlotImage {
             slot,
-            ownership: Ownership::Owned,
-            epoch: Epoch::FIRST,
-            floor: Epoch::FIRST,
-            copy: CopyId::GENESIS,
+            token: record.token,
+            floor: record.floor,
+            last_owned: record.last_owned,
+            staged: record.staged,
             next_seq: 1,
-            len: 0,
-            digest: Digest::default(),
+            len: empty.len,
+            digest: empty.digest,
             erasures: 0,
         }
     }
 
+    /// The epoch of its owner, if that is this disk.
+    pub(crate) fn owned(&self) -> Option<Epoch> {
+        self.record().owned()
+    }
+
+    /// What the rules of the handoff know of it.
+    pub(crate) fn record(&self) -> SlotRecord {
+        SlotRecord {
+            token: self.token,
+            floor: self.floor,
+            last_owned: self.last_owned,
+            content: self.sum().into(),
+            staged: self.staged,
+        }
+    }
+
+    /// As it is after a change. Rows that leave and rows that come are the caller's.
+    pub(crate) fn after(&self, txn: &Txn) -> Self {
+        let mut record = self.record();
+        record.apply(txn);
+        let SlotRecord { token, floor, last_owned, content, staged } = record;
+        let next_seq = match txn {
+            // Each row stands for one place, erased ones too.
+            Txn::Take { .. } | Txn::ConfirmTaken { .. } => content.len + 1,
+            _ => self.next_seq,
+        };
+        let (len, digest) = (content.len, Digest::from_bytes(content.digest));
+        SlotImage { token, floor, last_owned, staged, next_seq, len, digest, ..*self }
+    }
+
+    fn state(&self) -> &'static str {
+        match self.token {
+            Token::None => "none",
+            Token::Owned(_) => "owned",
+            Token::Released { is_taken: false, .. } => "released",
+            Token::Released { is_taken: true, .. } => "taken",
+        }
+    }
+
+    /// Epoch, peer and transfer of the token.
+    fn parts(&self) -> (Epoch, Option<DiskId>, Option<TransferId>) {
+        match self.token {
+            Token::None => (Epoch::NEVER, None, None),
+            Token::Owned(epoch) => (epoch, None, None),
+            Token::Released { epoch, to, transfer, .. } => (epoch, Some(to), Some(transfer)),
+        }
+    }
+
     fn checksum(&self) -> i64 {
+        let (epoch, peer, transfer) = self.parts();
+        let staged = self.staged.map(|staged| {
+            let mut bytes = Vec::with_capacity(88);
+            bytes.extend_from_slice(&staged.transfer.0);
+            bytes.extend_from_slice(&staged.epoch.to_i64().to_le_bytes());
+            bytes.extend_from_slice(&staged.from.0);
+            bytes.extend_from_slice(&staged.content.len.to_le_bytes());
+            bytes.extend_from_slice(&staged.content.digest);
+            bytes
+        });
         let mut hasher = blake3::Hasher::new();
         hasher
-            .update(b"kumaslot1")
+            .update(b"kumaslot2")
             .update(&self.slot.number().to_le_bytes())
-            .update(self.ownership.as_str().as_bytes())
-            .update(&self.epoch.to_i64().to_le_bytes())
+            .update(self.state().as_bytes())
+            .update(&epoch.to_i64().to_le_bytes())
+            .update(&peer.map_or([0; 16], |disk| disk.0))
+            .update(&transfer.map_or([0; 16], |transfer| transfer.0))
             .update(&self.floor.to_i64().to_le_bytes())
-            .update(&self.copy.0)
+            .update(&self.last_owned.to_i64().to_le_bytes())
             .update(&self.next_seq.to_le_bytes())
             .update(&self.len.to_le_bytes())
-            .update(&self.digest.to_bytes());
+            .update(&self.digest.to_bytes())
+            .update(staged.as_deref().unwrap_or_default());
         crate::first_eight(hasher.finalize().as_bytes())
     }
 
     fn from_row(row: &SqliteRow) -> sqlx::Result<Option<Self>> {
         let number = |name| row.try_get::<i64, _>(name);
+        let epoch = |name| number(name).map(Epoch::from_i64);
+        let bytes = |name| row.try_get::<Option<Vec<u8>>, _>(name);
+        let name = |name| bytes(name).map(|bytes| bytes.and_then(|bytes| <[u8; 16]>::try_from(bytes).ok()));
+        let sum = |name| bytes(name).map(|bytes| bytes.and_then(|bytes| <[u8; 32]>::try_from(bytes).ok()));
         let state: String = row.try_get("state")?;
-        let (Some(ownership), Ok(copy), Ok(digest)) = (
-            Ownership::parse(&state),
-            row.try_get::<Vec<u8>, _>("copy")?.try_into(),
-            row.try_get::<Vec<u8>, _>("digest")?.try_into(),
-        ) else {
-            return Ok(None);
+        let (epoch_of_token, peer, transfer) = (epoch("epoch")?, name("peer")?, name("transfer")?);
+        let token = match (state.as_str(), peer, transfer) {
+            ("none", None, None) => Token::None,
+            ("owned", None, None) => Token::Owned(epoch_of_token),
+            ("released" | "taken", Some(to), Some(transfer)) => Token::Released {
+                epoch: epoch_of_token,
+                to: DiskId(to),
+                transfer: TransferId(transfer),
+                is_taken: state == "taken",
+            },
+            _ => return Ok(None),
         };
+        let staged = match (name("staged_transfer")?, name("staged_from")?, sum("staged_digest")?) {
+            (Some(transfer), Some(from), Some(digest)) => Some(Staged {
+                transfer: TransferId(transfer),
+                epoch: epoch("staged_epoch")?,
+                from: DiskId(from),
+                content: Content { len: number("staged_len")?.cast_unsigned(), digest },
+            }),
+            (None, None, None) => None,
+            _ => return Ok(None),
+        };
+        let Some(digest) = sum("digest")? else { return Ok(None) };
         let image = SlotImage {
-            slot: Slot::new(number("slot")?.cast_unsigned()),
-            ownership,
-            epoch: Epoch::from_i64(number("epoch")?),
-            floor: Epoch::from_i64(number("floor")?),
-            copy: CopyId(copy),
+            slot: Slot::from_stored(number("slot")?),
+            token,
+            floor: epoch("floor")?,
+            last_owned: epoch("last_owned")?,
+            staged,
             next_seq: number("next_seq")?.cast_unsigned(),
             len: number("len")?.cast_unsigned(),
             digest: Digest::from_bytes(digest),
@@ -121,9 +200,9 @@ impl SlotImage {
     }
 }
 
-/// The slots that shard `number` of `shards` holds, in the order of [`index`].
+/// The slots that shard `number` of `shards` holds, in the order of [`index`]. The store's own is the last one of its shard.
 pub(crate) fn slots_of(number: u16, shards: u16) -> impl Iterator<Item = Slot> {
-    (number..SLOTS).step_by(usize::from(shards.max(1))).map(|slot| Slot::new(u64::from(slot)))
+    (number..=SLOTS).step_by(usize::from(shards.max(1))).map(|slot| Slot::from_stored(slot.into()))
 }
 
 /// Where a slot stands in its shard's table.
@@ -137,18 +216,29 @@ pub(crate) async fn store(
     slots: impl Iterator<Item = &SlotImage>,
 ) -> sqlx::Result<()> {
     for image in slots {
+        let (epoch, peer, transfer) = image.parts();
+        let staged = image.staged;
         sqlx::query(
-            "INSERT OR REPLACE INTO slot_token(slot, state, epoch, floor, copy, next_seq, len, digest, checksum)
-             VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            "INSERT OR REPLACE INTO slot_token(
+                 slot, state, epoch, floor, last_owned, peer, transfer, next_seq, len, digest,
+                 staged_transfer, staged_epoch, staged_from, staged_len, staged_digest, checksum)
+             VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         )
         .bind(i64::from(image.slot.number()))
-        .bind(image.ownership.as_str())
-        .bind(image.epoch.to_i64())
+        .bind(image.state())
+        .bind(epoch.to_i64())
         .bind(image.floor.to_i64())
-        .bind(image.copy.0.to_vec())
+        .bind(image.last_owned.to_i64())
+        .bind(peer.map(|disk| disk.0.to_vec()))
+        .bind(transfer.map(|transfer| transfer.0.to_vec()))
         .bind(image.next_seq.cast_signed())
         .bind(image.len.cast_signed())
         .bind(image.digest.to_bytes().to_vec())
+        .bind(staged.map(|staged| staged.transfer.0.to_vec()))
+        .bind(staged.map(|staged| staged.epoch.to_i64()))
+        .bind(staged.map(|staged| staged.from.0.to_vec()))
+        .bind(staged.map(|staged| staged.content.len.cast_signed()))
+        .bind(staged.map(|staged| staged.content.digest.to_vec()))
         .bind(image.checksum())
         .execute(&mut *connection)
         .await?;
@@ -184,7 +274,7 @@ mod tests {
     #[test]
     fn every_slot_is_in_exactly_one_shard_at_its_index() {
         for shards in [1, 3, 4, 16] {
-            let mut seen = vec![0; usize::from(SLOTS)];
+            let mut seen = vec![0; usize::from(SLOTS) + 1];
             for number in 0..shards {
                 for (position, slot) in slots_of(number, shards).enumerate() {
                     assert_eq!((slot.shard(shards), index(slot, shards)), (number, position));
@@ -193,5 +283,12 @@ mod tests {
             }
             assert!(seen.iter().all(|count| *count == 1));
         }
+    }
+
+    #[test]
+    fn the_own_slot_is_nobodys_hash() {
+        assert_eq!((Slot::new(4096), Slot::from_stored(4096)), (Slot::new(0), Slot::OWN));
+        assert_eq!(SlotImage::new(Slot::OWN, false).owned(), Some(Epoch::FIRST));
+        assert_eq!(SlotImage::new(Slot::new(7), false).owned(), None);
     }
 }

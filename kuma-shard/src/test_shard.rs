@@ -56,6 +56,15 @@ impl Deref for TestShard {
 impl TestShard {
     /// Shard 0 of [`SHARDS`], so that it has the even slots.
     pub(crate) async fn new() -> Self {
+        Self::of(true).await
+    }
+
+    /// The same, of a disk that owns no slot.
+    pub(crate) async fn without_slots() -> Self {
+        Self::of(false).await
+    }
+
+    async fn of(owns_slots: bool) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let options = ShardOptions {
             number: 0,
@@ -64,6 +73,7 @@ impl TestShard {
             disk_id: DiskId([7; 16]),
             file: FileOptions::default(),
             queue_bytes_max: 1 << 20,
+            owns_slots,
         };
         Shard::create(&options).await.unwrap();
         let (root, _) = Actor::spawn(None, Root, ()).await.unwrap();
@@ -125,7 +135,7 @@ impl TestShard {
     pub(crate) fn entity(&self, name: u8, slot: u64) -> Arc<EntityRow> {
         Arc::new(EntityRow {
             eid: self.shard.allocate_eid(),
-            copy: CopyId::GENESIS,
+            copy: CopyId::LIVE,
             slot: Slot::new(slot),
             kind: "thing".into(),
             id_hash: EntityHash([name; 16]),

@@ -45,6 +45,7 @@ impl Inside {
             disk_id: data_dir.disk_id(),
             file: FileOptions::default(),
             queue_bytes_max: 1 << 20,
+            owns_slots: true,
         };
         let (root, _) = Actor::spawn(None, Root, ()).await.unwrap();
         Inside { shard: Shard::open(&options, root.get_cell()).await.unwrap(), data_dir }
@@ -56,7 +57,7 @@ impl Inside {
     }
 
     pub(crate) async fn entity(&self, entity: EntityHash) -> Option<EntityRow> {
-        self.shard.find_entity(CopyId::GENESIS, entity).await.unwrap()
+        self.shard.find_entity(CopyId::LIVE, entity).await.unwrap()
     }
 
     pub(crate) async fn snapshot(&self, entity: EntityHash) -> Option<SnapshotRow> {

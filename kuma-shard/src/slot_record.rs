@@ -4,9 +4,7 @@
 //! - A record is never deleted, and its floor never falls.
 //! - A transaction says what must hold for it; if that does not hold nothing is written.
 
-use kuma_core::{DiskId, Epoch};
-
-use super::TransferId;
+use crate::{DiskId, Epoch, TransferId};
 
 /// What a copy of a slot holds: how many rows, and the sum of their hashes (docs/formats.md).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -65,15 +63,12 @@ pub struct SlotRecord {
     pub staged: Option<Staged>,
 }
 
-/// Lower than every epoch that anybody owns.
-const NEVER: Epoch = Epoch { term: 0, counter: 0 };
-
 impl SlotRecord {
     /// Of a slot that this disk has nothing of.
     pub const NONE: SlotRecord = SlotRecord {
         token: Token::None,
-        floor: NEVER,
-        last_owned: NEVER,
+        floor: Epoch::NEVER,
+        last_owned: Epoch::NEVER,
         content: Content { len: 0, digest: [0; 32] },
         staged: None,
     };
@@ -124,7 +119,7 @@ impl SlotRecord {
                 if let Token::Released { is_taken, .. } = &mut self.token {
                     *is_taken = true;
                 }
-                (self.last_owned, self.content) = (NEVER, Content::default());
+                (self.last_owned, self.content) = (Epoch::NEVER, Content::default());
             }
             Txn::Stage(staged) => self.staged = Some(staged),
             Txn::DropStaged { .. } => self.staged = None,
