@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use kuma_crypto::MasterKeyError;
-use kuma_shard::{CommitError, DataDirError, EntityHash, NotWritten, OpenError};
+use kuma_shard::{CommitError, DataDirError, EntityHash, NotWritten, OpenError, Slot};
 
 use crate::{ReceiptId, Version};
 
@@ -296,6 +296,20 @@ pub enum Unavailable {
         entity: EntityHash,
         /// What is in the way.
         detail: String,
+    },
+    /// The slot of the entity is on its way to another node.
+    #[error("slot {slot} is moving to another node; retry in a moment")]
+    SlotMoves {
+        /// The slot.
+        slot: Slot,
+    },
+    /// The slot of the entity is another node's.
+    #[error(
+        "slot {slot} is not owned by this node; ask the node that owns it, or any node of the cluster by its own interface"
+    )]
+    SlotElsewhere {
+        /// The slot.
+        slot: Slot,
     },
     /// The store is shutting down.
     #[error("the store is shutting down")]

@@ -56,6 +56,7 @@ mod execute;
 mod export;
 mod feed;
 mod filter;
+mod gates;
 mod handle;
 mod history;
 mod identity;
@@ -85,6 +86,7 @@ mod scan;
 mod scrub;
 mod sequence;
 mod shard_core;
+mod slots;
 mod snapshot;
 mod snapshotter;
 mod sql_projection;
@@ -118,6 +120,7 @@ pub use execute::{Execute, Executing};
 pub use export::{ExportError, ExportProgress};
 pub use feed::Unreadable;
 pub use filter::Filter;
+pub use gates::Gate;
 pub use handle::{Current, Handle, RawHandle};
 pub use history::{Direction, History};
 pub use identity::slot_of;
@@ -126,14 +129,14 @@ pub use kind_options::KindOptions;
 pub use kuma_crypto::{LocalMasterKey, MasterKey, MasterKeyError, PublicKey};
 pub use kuma_shard::{
     CommitError, Content, CopyError, DataDirError, DiskId, Durability, EntityHash, Epoch, ModelError, NotWritten,
-    OpenError, QueryError, ReadError as StorageError, SLOTS, ShardReport, Skipped, Slot, SlotRecord, Staged, StatsView,
-    Token, TransferId, Txn, rusqlite,
+    OpenError, QueryError, ReadBack, ReadError as StorageError, SLOTS, ShardReport, Skipped, Slot, SlotRecord, Staged,
+    StatsView, Token, TransferId, Txn, rusqlite,
 };
 pub use ledger::{LedgerError, LedgerSummary};
 pub use model_dir::ModelBuild;
 pub use model_query::{Answer, AsOf, Query};
 pub use ndjson::{LineProblem, Manifest, Unfit};
-pub use options::{MasterKeySource, Options};
+pub use options::{MasterKeySource, Options, Seat};
 pub use projection::{ApplyError, ErasureRule, Projection, StoredEvent};
 pub use projections::{ModelStatus, ProjectionError, ProjectionHandle, ProjectionStatus};
 pub use projector::{ProjectionFailure, ProjectionState};
@@ -143,6 +146,7 @@ pub use restore_to::Restored;
 pub use retry::Outcome;
 pub use scrub::ScrubStats;
 pub use sequence::Sequence;
+pub use slots::{SlotChunk, SlotCopy, SlotError, SlotKey, Slots};
 pub use sql_projection::{SqlProjection, SqlProjectionError};
 pub use store::{Kuma, ShardStats, Stats};
 pub use subscribe::{Delivery, Erased, Start, Subscribe, SubscribeError, Subscription};

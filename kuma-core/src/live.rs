@@ -13,7 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use kuma_shard::{Activation, Budget};
+use kuma_shard::{Activation, Budget, Slot};
 use parking_lot::Mutex;
 use ractor::ActorRef;
 
@@ -37,6 +37,7 @@ pub(crate) struct Live {
     pub(crate) view: Arc<View>,
     /// Appends that wait.
     pub(crate) appends: Arc<Budget>,
+    pub(crate) slot: Slot,
 }
 
 /// What an entity's actor shows.

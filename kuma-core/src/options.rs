@@ -7,7 +7,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use kuma_crypto::{LocalMasterKey, MasterKey, MasterKeyError};
+use kuma_crypto::{IdSecret, LocalMasterKey, MasterKey, MasterKeyError};
 use kuma_shard::Durability;
 
 use crate::{
@@ -49,6 +49,18 @@ pub struct Options {
     pub(crate) wall_clock: WallClock,
     pub(crate) file_reader: FileReader,
     pub(crate) kinds: HashMap<String, KindOptions>,
+    pub(crate) seat: Option<Seat>,
+    pub(crate) id_secret: Option<Arc<IdSecret>>,
+}
+
+/// How a store came to its cluster.
+#[doc(hidden)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Seat {
+    /// As its first node.
+    Founder,
+    /// Later.
+    Joiner,
 }
 
 /// What tells the time of commits.
@@ -98,6 +110,8 @@ impl Options {
             wall_clock: WallClock(Arc::new(SystemTime::now)),
             file_reader: FileReader::default(),
             kinds: HashMap::new(),
+            seat: None,
+            id_secret: None,
         }
     }
 
@@ -207,6 +221,15 @@ impl Options {
     /// What tells the time of commits, instead of the system's clock. For tests.
     pub fn wall_clock(mut self, now: impl Fn() -> SystemTime + Send + Sync + 'static) -> Self {
         self.wall_clock = WallClock(Arc::new(now));
+        self
+    }
+
+    /// The store is that of a node in a cluster: a new one owns all slots if it founds the cluster, and none if it joins it, with the secret that
+    /// the cluster's ids are hashed with. For `kuma-cluster`.
+    #[doc(hidden)]
+    pub fn clustered(mut self, seat: Seat, id_secret: Option<[u8; 32]>) -> Self {
+        self.seat = Some(seat);
+        self.id_secret = id_secret.map(|bytes| Arc::new(crate::slots::id_secret(bytes)));
         self
     }
 

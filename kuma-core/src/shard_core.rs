@@ -16,6 +16,7 @@ use tokio::sync::{oneshot, watch};
 
 use crate::{
     ReplayError, Unavailable,
+    gates::SlotGates,
     live::{Clock, Live},
     observe::CoreMetrics,
     options::WallClock,
@@ -58,6 +59,7 @@ pub(crate) struct StoreParts {
     pub(crate) snapshotter: Snapshotter,
     pub(crate) node: NodeStore,
     pub(crate) erasing: Erasing,
+    pub(crate) gates: Arc<SlotGates>,
 }
 
 /// The lives whose erasure is not finished, by the names of their keys: a later life of the same entity is not one of them. Their events may
@@ -143,6 +145,7 @@ pub(crate) struct ShardCore {
     pub(crate) metrics: Arc<CoreMetrics>,
     pub(crate) snapshotter: Snapshotter,
     erasing: Erasing,
+    pub(crate) gates: Arc<SlotGates>,
     /// Which entities are in memory. Changed by the shard's entity supervisor alone: an entity has one actor because that actor
     /// has one maker.
     pub(crate) directory: Mutex<HashMap<EntityHash, Entry>>,
@@ -153,7 +156,7 @@ pub(crate) struct ShardCore {
 
 impl ShardCore {
     pub(crate) fn new(shard: Shard, store: StoreParts) -> Self {
-        let StoreParts { vault, settings, metrics, snapshotter, erasing, .. } = store;
+        let StoreParts { vault, settings, metrics, snapshotter, erasing, gates, .. } = store;
         ShardCore {
             shard,
             vault,
@@ -162,6 +165,7 @@ impl ShardCore {
             metrics,
             snapshotter,
             erasing,
+            gates,
             directory: Mutex::default(),
             failures: Mutex::default(),
             supervisor: Mutex::default(),

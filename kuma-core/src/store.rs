@@ -19,10 +19,11 @@ use ractor::{Actor, ActorRef};
 use tokio::sync::{OnceCell, oneshot};
 
 use crate::{
-    Entity, Handle, KindOptions, Options, RawHandle, Refused, StartError, Unavailable, VaultError,
+    Entity, Handle, KindOptions, Options, RawHandle, Refused, Seat, StartError, Unavailable, VaultError,
     body::Limits,
     durable::DurableSubscriptions,
     erasure::{Eraser, EraserMessage, EraserState},
+    gates::SlotGates,
     identity::Identity,
     kind::{DocumentKind, Kind, LogKind, TypedKind},
     kind_options::Tuning,
@@ -33,6 +34,7 @@ use crate::{
     scan::FileReader,
     scrub::{NextPage, Scrub, ScrubArguments, ScrubStats},
     shard_core::{Entry, Erasing, Fate, Settings, ShardCore, StoreParts},
+    slots::KeyLocks,
     snapshotter::Snapshotter,
     supervisor::SupervisorMessage,
     vault::Vault,
@@ -79,6 +81,7 @@ struct Parts {
     file_options: FileOptions,
     projections: Projections,
     durables: DurableSubscriptions,
+    key_locks: KeyLocks,
 }
 
 /// A shard in [`Stats`].
@@ -152,7 +155,7 @@ impl Kuma {
             disk_id: data_dir.disk_id(),
             file: file.clone(),
             queue_bytes_max: options.shard_bytes_max,
-            owns_slots: true,
+            owns_slots: options.seat != Some(Seat::Joiner),
         };
         let shards: Vec<ShardOptions> = (0..data_dir.shards()).map(shard_options).collect();
         if is_new {
@@ -199,6 +202,7 @@ impl Kuma {
             file_options,
             projections: Projections::default(),
             durables: DurableSubscriptions::default(),
+            key_locks: KeyLocks::new(),
         };
         let inner = Arc::new(Inner {
             limits: options.limits,
@@ -319,7 +323,8 @@ async fn open_parts(
     root: &ActorRef<RootMessage>,
 ) -> Result<(StoreParts, Vec<ShardSlot>), StartError> {
     let keys = KeyStore::open(data_dir.path().to_owned(), data_dir.disk_id(), &file, root.get_cell()).await?;
-    let vault = Vault::open(keys.clone(), master, options.context.clone(), is_new).await;
+    let vault =
+        Vault::open(keys.clone(), master, options.context.clone(), is_new, options.id_secret.as_deref().cloned()).await;
     let vault = match vault {
         Ok(vault) => Arc::new(vault),
         Err(error) => {
@@ -381,7 +386,15 @@ async fn open_parts(
         }
     };
     let metrics = Arc::new(CoreMetrics::new(&options.context));
-    let parts = StoreParts { vault, settings, metrics, snapshotter, node: node.clone(), erasing };
+    let parts = StoreParts {
+        vault,
+        settings,
+        metrics,
+        snapshotter,
+        node: node.clone(),
+        erasing,
+        gates: Arc::new(SlotGates::new()),
+    };
     let mut slots = Vec::new();
     let mut first_damage = None;
     for shard in shards {
@@ -612,6 +625,19 @@ impl Inner {
         }
     }
 
+    /// How many shards the store has, those out of use too.
+    pub(crate) fn shards(&self) -> u16 {
+        self.parts.data_dir.shards()
+    }
+
+    pub(crate) fn gates(&self) -> &SlotGates {
+        &self.parts.common.gates
+    }
+
+    pub(crate) fn key_locks(&self) -> &KeyLocks {
+        &self.parts.key_locks
+    }
+
     pub(crate) fn ids(&self) -> &kuma_crypto::IdSecret {
         &self.parts.common.vault.ids
     }
@@ -621,6 +647,7 @@ impl Inner {
         if self.parts.closing.load(Relaxed) {
             return Err(Unavailable::ShuttingDown);
         }
+        self.parts.common.gates.check(identity.slot)?;
         let shard = identity.slot.shard(self.parts.data_dir.shards());
         match self.parts.shards.get(usize::from(shard)) {
             Some(ShardSlot::Open(core)) => Ok(core),

@@ -13,7 +13,7 @@
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
-use kuma_shard::{Activation, Budget, EntityHash, Submission};
+use kuma_shard::{Activation, Budget, EntityHash, Slot, Submission};
 use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef, SupervisionEvent};
 use tokio::sync::oneshot;
 
@@ -39,6 +39,8 @@ pub(crate) enum SupervisorMessage {
     Activate(Activate),
     /// Takes the entity out of memory; answered when it is.
     Passivate { entity: EntityHash, done: oneshot::Sender<()> },
+    /// Takes all entities of a slot out of memory; answered when the last one is gone. Its gate is closed: none comes in meanwhile.
+    LeaveSlot { slot: Slot, done: oneshot::Sender<()> },
     /// All that a gone actor had submitted is settled.
     Settled { entity: EntityHash },
     /// Looks for entities to passivate.
@@ -67,6 +69,19 @@ pub(crate) struct SupervisorState {
 enum Waiter {
     Activate(Activate),
     Passivate(oneshot::Sender<()>),
+    LeaveSlot(Arc<Told>),
+}
+
+/// Tells when it is dropped.
+struct Told(Option<oneshot::Sender<()>>);
+
+impl Drop for Told {
+    fn drop(&mut self) {
+        if let Some(done) = self.0.take() {
+            // Whoever is gone does not want to know.
+            let _ = done.send(());
+        }
+    }
 }
 
 impl Actor for EntitySupervisor {
@@ -101,6 +116,7 @@ impl Actor for EntitySupervisor {
         match message {
             SupervisorMessage::Activate(request) => state.activate(request, me.get_cell()).await,
             SupervisorMessage::Passivate { entity, done } => state.passivate_one(entity, done),
+            SupervisorMessage::LeaveSlot { slot, done } => state.leave_slot(slot, done),
             SupervisorMessage::Settled { entity } => state.gone(entity, me.get_cell()).await,
             SupervisorMessage::Sweep => state.sweep(),
             SupervisorMessage::Stop { done } => {
@@ -135,6 +151,11 @@ impl SupervisorState {
             let _ = request.reply.send(Err(Unavailable::ShuttingDown));
             return;
         }
+        // A request may have passed the gate before it was closed.
+        if let Err(elsewhere) = self.core.gates.check(request.identity.slot) {
+            let _ = request.reply.send(Err(elsewhere));
+            return;
+        }
         let entry = self.core.directory.lock().get(&entity).cloned();
         match entry {
             Some(Entry::Live(live)) => {
@@ -159,7 +180,7 @@ impl SupervisorState {
         identity: Arc<Identity>,
         me: ActorCell,
     ) -> Result<Arc<Live>, Unavailable> {
-        let entity = identity.hash;
+        let (entity, slot) = (identity.hash, identity.slot);
         self.core.check_quarantine(entity)?;
         let view = Arc::new(View::default());
         view.usage.touch(&self.core.clock);
@@ -171,7 +192,7 @@ impl SupervisorState {
         let (actor, _) = spawned.map_err(|_| Unavailable::Interrupted { entity })?;
         self.by_actor.insert(actor.get_id().pid(), entity);
         let appends = Budget::new(self.core.settings.entity_appends_max);
-        let live = Arc::new(Live { actor, view, appends });
+        let live = Arc::new(Live { actor, view, appends, slot });
         self.core.directory.lock().insert(entity, Entry::Live(live.clone()));
         self.live += 1;
         self.core.metrics.live_entities.increment(1.0);
@@ -185,6 +206,20 @@ impl SupervisorState {
         }
         self.leave(entity);
         self.waiting.entry(entity).or_default().push(Waiter::Passivate(done));
+    }
+
+    fn leave_slot(&mut self, slot: Slot, done: oneshot::Sender<()>) {
+        let of_slot = |(entity, entry): (&EntityHash, &Entry)| {
+            let (Entry::Live(live) | Entry::Leaving(live)) = entry;
+            (live.slot == slot).then_some(*entity)
+        };
+        let entities: Vec<EntityHash> = self.core.directory.lock().iter().filter_map(of_slot).collect();
+        // Told when the last one has dropped its part.
+        let told = Arc::new(Told(Some(done)));
+        for entity in entities {
+            self.leave(entity);
+            self.waiting.entry(entity).or_default().push(Waiter::LeaveSlot(told.clone()));
+        }
     }
 
     /// Lets a live entity finish what it was asked and go.
@@ -233,6 +268,7 @@ impl SupervisorState {
                 Waiter::Passivate(done) => {
                     let _ = done.send(());
                 }
+                Waiter::LeaveSlot(told) => drop(told),
             }
         }
         self.finish_stop();

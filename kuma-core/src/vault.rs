@@ -6,7 +6,7 @@
 
 use std::{collections::HashMap, sync::Arc, time::SystemTime};
 
-use futures_util::{StreamExt, stream};
+use futures_util::{StreamExt, TryStreamExt, stream};
 use kuma_crypto::{
     DataKey, IdHash, IdSecret, KeyId, MasterKey, Secret32, SigningKey, id_secret_aad, node_key_aad, wrap_aad,
 };
@@ -34,18 +34,19 @@ pub(crate) struct Vault {
 }
 
 impl Vault {
-    /// Opens the vault of a store, or gives a new store its secret.
+    /// Opens the vault of a store, or gives a new store its secret: that of its cluster, if there is one.
     pub(crate) async fn open(
         keys: KeyStore,
         master: Arc<dyn MasterKey>,
         context: String,
         is_new: bool,
+        given: Option<IdSecret>,
     ) -> Result<Self, VaultError> {
         let aad = id_secret_aad(&context);
         let ids = match keys.secret(ID_SECRET).await? {
             Some(wrapped) => IdSecret::from(master.unwrap(&wrapped, &aad).await?),
             None if is_new => {
-                let ids = IdSecret::generate();
+                let ids = given.unwrap_or_else(IdSecret::generate);
                 let secret: &Secret32 = ids.as_ref();
                 keys.put_secret(ID_SECRET, master.wrap(secret, &aad).await?).await?;
                 ids
@@ -78,6 +79,25 @@ impl Vault {
         let created_at_us = micros(SystemTime::now());
         self.keys.add(KeyRow { key_id: key_id.0, id_hash: entity, wrapped, created_at_us }).await?;
         Ok((key_id, key))
+    }
+
+    /// Keeps keys that came with a slot, wrapped for this node; durable when this returns. What there is already stays.
+    pub(crate) async fn install(&self, keys: &[(EntityHash, KeyId, DataKey, i64)]) -> Result<(), VaultError> {
+        if keys.is_empty() {
+            return Ok(());
+        }
+        // A key management service is asked for several at once.
+        let wrapped: Vec<_> = keys.iter().map(|key| self.wrap_row(key)).collect();
+        let rows = stream::iter(wrapped).buffered(UNWRAPPED_AT_ONCE).try_collect().await?;
+        Ok(self.keys.install(rows).await?)
+    }
+
+    async fn wrap_row(
+        &self,
+        (entity, key_id, key, created_at_us): &(EntityHash, KeyId, DataKey, i64),
+    ) -> Result<KeyRow, VaultError> {
+        let wrapped = self.master.wrap(key.as_ref(), &self.aad(*entity, *key_id)).await?;
+        Ok(KeyRow { key_id: key_id.0, id_hash: *entity, wrapped, created_at_us: *created_at_us })
     }
 
     /// What signs receipts.

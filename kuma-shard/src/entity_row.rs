@@ -2,12 +2,13 @@
 
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
 use sqlx::{Row, sqlite::SqliteRow};
 
 use crate::{CopyId, EntityHash, Slot, TransferId};
 
 /// An entity as its shard knows it: by hash; its id only sealed.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EntityRow {
     /// The number of the entity in its shard file.
     pub eid: i64,
@@ -22,6 +23,7 @@ pub struct EntityRow {
     /// Which life of this entity: 1, and one more each time that it was made anew after an erasure.
     pub life: u32,
     /// The id, sealed with the entity's key. Empty once it is erased. Only needed to create the entity and to verify it; see [`EntityRow::without_id`].
+    #[serde(with = "serde_bytes")]
     pub sealed_id: Vec<u8>,
     /// The name of the entity's key.
     pub key_id: [u8; 16],

@@ -2,11 +2,14 @@
 
 use std::fmt;
 
+use serde::{Deserialize, Serialize};
+
 /// How many slots there are: the unit of ownership and movement. Part of the format; it never changes.
 pub const SLOTS: u16 = 4096;
 
 /// One of [`SLOTS`] slots, or the store's own.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "u16", into = "u16")]
 pub struct Slot(u16);
 
 impl Slot {
@@ -38,6 +41,23 @@ impl Slot {
     }
 }
 
+impl From<Slot> for u16 {
+    fn from(slot: Slot) -> Self {
+        slot.0
+    }
+}
+
+impl TryFrom<u16> for Slot {
+    type Error = String;
+
+    fn try_from(number: u16) -> Result<Self, String> {
+        match number {
+            0..=SLOTS => Ok(Slot(number)),
+            _ => Err(format!("slot {number} is beyond the last one, which is {}", SLOTS - 1)),
+        }
+    }
+}
+
 impl fmt::Display for Slot {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.0)
@@ -45,7 +65,7 @@ impl fmt::Display for Slot {
 }
 
 /// The keyed hash that stands for an entity's kind and id wherever the id must not be seen.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct EntityHash(pub [u8; 16]);
 
 impl EntityHash {
@@ -69,7 +89,7 @@ impl fmt::Debug for EntityHash {
 }
 
 /// The fencing number of a slot's ownership: `(term, counter)`, compared in that order.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Epoch {
     /// Raised by a recovery vote.
     pub term: u32,
@@ -101,7 +121,7 @@ impl fmt::Display for Epoch {
 }
 
 /// The random name of a data directory: new at creation and at every restore.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct DiskId(pub [u8; 16]);
 
 impl DiskId {
@@ -139,7 +159,7 @@ impl fmt::Debug for DiskId {
 }
 
 /// Whether an entity's rows are those of its slot, or were given away: all zero, or the transfer by which they left.
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct CopyId(pub [u8; 16]);
 
 impl CopyId {
@@ -154,7 +174,7 @@ impl From<TransferId> for CopyId {
 }
 
 /// Names one attempt to hand a slot over: 128 random bits, never derived from anything and never used again.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct TransferId(pub [u8; 16]);
 
 impl TransferId {

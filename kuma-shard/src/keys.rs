@@ -4,7 +4,8 @@
 //! - A key is durable before the first commit that is sealed with it, and an existing row is never replaced by another key. (A key
 //!   whose commit never came is left over; it opens nothing.)
 //! - Only wrapped keys are here. This crate cannot unwrap them.
-//! - No row is deleted and no row moves: a key is destroyed by emptying its row, which stays and keeps the name of the key from coming back.
+//! - No row is deleted and no row moves: a key is destroyed by emptying its row, which stays and keeps the name of the key from coming back. A key
+//!   that leaves with its slot leaves a row without a name, so that it can come back with the slot.
 //!   A wrapping of another length goes to a new row, and the old one is emptied (see `schema.rs`).
 
 use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
@@ -72,9 +73,23 @@ impl KeyRow {
 /// One change of the keys.
 pub(crate) enum Change {
     Add(KeyRow),
-    Rewrap { key_id: [u8; 16], wrapped: Vec<u8> },
-    Destroy { key_ids: Vec<[u8; 16]> },
-    PutSecret { name: &'static str, wrapped: Vec<u8> },
+    Rewrap {
+        key_id: [u8; 16],
+        wrapped: Vec<u8>,
+    },
+    Destroy {
+        key_ids: Vec<[u8; 16]>,
+    },
+    /// Keys that came with a slot, unless there is a row of their names.
+    Install(Vec<KeyRow>),
+    /// Keys that left with a slot: their names may come back.
+    Forget {
+        key_ids: Vec<[u8; 16]>,
+    },
+    PutSecret {
+        name: &'static str,
+        wrapped: Vec<u8>,
+    },
 }
 
 impl table_book::Change for Change {
@@ -82,7 +97,8 @@ impl table_book::Change for Change {
         match self {
             Change::Add(row) => row.wrapped.len() + 64,
             Change::Rewrap { wrapped, .. } | Change::PutSecret { wrapped, .. } => wrapped.len() + 64,
-            Change::Destroy { key_ids } => key_ids.len() * 64,
+            Change::Destroy { key_ids } | Change::Forget { key_ids } => key_ids.len() * 64,
+            Change::Install(rows) => rows.iter().map(|row| row.wrapped.len() + 64).sum(),
         }
     }
 
@@ -96,6 +112,20 @@ impl table_book::Change for Change {
             Change::Destroy { key_ids } => {
                 for key_id in key_ids {
                     destroy(connection, *key_id, digest).await?;
+                }
+            }
+            Change::Install(rows) => {
+                for row in rows {
+                    let known = sqlx::query(FIND).bind(row.key_id.to_vec()).fetch_optional(&mut *connection).await?;
+                    if known.is_none() {
+                        insert(row).execute(&mut *connection).await?;
+                        digest.add(&row.hash());
+                    }
+                }
+            }
+            Change::Forget { key_ids } => {
+                for key_id in key_ids {
+                    forget(connection, *key_id, digest).await?;
                 }
             }
             Change::PutSecret { name, wrapped } => {
@@ -124,10 +154,7 @@ async fn rewrap(connection: &mut SqliteConnection, key_id: [u8; 16], wrapped: &[
     let Some(row) = row.as_ref().map(KeyRow::from_row).transpose()?.flatten().filter(|row| !row.is_destroyed()) else {
         return Ok(());
     };
-    sqlx::query("UPDATE data_key SET key_id = NULL, id_hash = x'', wrapped = x'', created_at = 0 WHERE key_id = ?")
-        .bind(key_id.to_vec())
-        .execute(&mut *connection)
-        .await?;
+    nameless(key_id).execute(&mut *connection).await?;
     insert(&KeyRow { wrapped: wrapped.to_vec(), ..row }).execute(connection).await.map(|_| ())
 }
 
@@ -141,6 +168,22 @@ async fn destroy(connection: &mut SqliteConnection, key_id: [u8; 16], digest: &m
     digest.subtract(&row.hash());
     digest.add(&KeyRow { wrapped: Vec::new(), ..row }.hash());
     Ok(())
+}
+
+/// Empties the row of a key that is not destroyed, and its name too.
+async fn forget(connection: &mut SqliteConnection, key_id: [u8; 16], digest: &mut Digest) -> sqlx::Result<()> {
+    let row = sqlx::query(FIND).bind(key_id.to_vec()).fetch_optional(&mut *connection).await?;
+    let Some(row) = row.as_ref().map(KeyRow::from_row).transpose()?.flatten().filter(|row| !row.is_destroyed()) else {
+        return Ok(());
+    };
+    nameless(key_id).execute(connection).await?;
+    digest.subtract(&row.hash());
+    Ok(())
+}
+
+fn nameless(key_id: [u8; 16]) -> Bound {
+    sqlx::query("UPDATE data_key SET key_id = NULL, id_hash = x'', wrapped = x'', created_at = 0 WHERE key_id = ?")
+        .bind(key_id.to_vec())
 }
 
 pub(crate) fn insert(row: &KeyRow) -> Bound {
@@ -226,6 +269,22 @@ impl KeyStore {
     /// None was destroyed, or that is unknown; do it again.
     pub async fn destroy(&self, key_ids: Vec<[u8; 16]>) -> Result<(), CommitError> {
         self.database.change(Change::Destroy { key_ids }).await
+    }
+
+    /// Adds keys that came with a slot; durable when this returns. A name that there is a row of stays as it is, destroyed or not.
+    ///
+    /// # Errors
+    /// None was written, or that is unknown; do it again.
+    pub async fn install(&self, rows: Vec<KeyRow>) -> Result<(), CommitError> {
+        self.database.change(Change::Install(rows)).await
+    }
+
+    /// Takes away keys that left with a slot. Unlike those that were destroyed they may come back. Those that there are none of are no error.
+    ///
+    /// # Errors
+    /// None was taken away, or that is unknown; do it again.
+    pub async fn forget(&self, key_ids: Vec<[u8; 16]>) -> Result<(), CommitError> {
+        self.database.change(Change::Forget { key_ids }).await
     }
 
     /// Copies the log into the database and cuts it to nothing. See [`crate::Shard::truncate_log`].

@@ -1,5 +1,6 @@
 //! The row of a commit.
 
+use serde::{Deserialize, Serialize};
 use sqlx::{Row, sqlite::SqliteRow};
 
 use crate::{
@@ -8,7 +9,7 @@ use crate::{
 };
 
 /// A row of the log, whole and unaltered: its checksum was verified. Of an erased commit it is a stub, see [`LogRow::is_stub`].
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LogRow {
     /// Place in the shard's log.
     pub position: u64,
@@ -25,8 +26,10 @@ pub struct LogRow {
     /// The token under which it was written.
     pub epoch: Epoch,
     /// The keyed hash of the caller's idempotency key.
+    #[serde(with = "serde_bytes")]
     pub append_key: Option<Vec<u8>>,
     /// The sealed events; empty in a stub.
+    #[serde(with = "serde_bytes")]
     pub body: Vec<u8>,
 }
 

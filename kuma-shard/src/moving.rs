@@ -15,6 +15,7 @@
 
 use std::collections::{HashMap, HashSet};
 
+use serde::{Deserialize, Serialize};
 use sqlx::{Row, SqliteConnection, sqlite::SqliteRow};
 use tokio::sync::oneshot;
 
@@ -34,7 +35,7 @@ const ROW_BYTES: usize = 160;
 const OUTGOING_BYTES: usize = 48 << 10;
 
 /// Rows of a slot on their way from one disk to another. Entities have the numbers that they have at the giver.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SlotRows {
     /// Entities of the slot, each before or with its first row.
     pub entities: Vec<EntityRow>,

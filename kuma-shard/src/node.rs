@@ -90,6 +90,11 @@ fn backup_hash(what: &str, at_us: i64) -> RowHash {
     RowHash::from(hasher.update(b"kumabackup1").update(&at_us.to_le_bytes()).update(what.as_bytes()).finalize())
 }
 
+fn cluster_hash(body: &[u8]) -> RowHash {
+    let mut hasher = blake3::Hasher::new();
+    RowHash::from(hasher.update(b"kumacluster1").update(body).finalize())
+}
+
 /// One change of what the node knows.
 pub(crate) enum Change {
     /// Tombstones, and that their erasures are to be done.
@@ -107,6 +112,8 @@ pub(crate) enum Change {
         what: &'static str,
         at_us: i64,
     },
+    /// What it knows of the cluster, in the place of what it knew before.
+    Cluster(Vec<u8>),
 }
 
 impl table_book::Change for Change {
@@ -117,6 +124,7 @@ impl table_book::Change for Change {
                 receipts.iter().map(|receipt| receipt.body.len() + 64).sum()
             }
             Change::Backup { .. } | Change::Intend(..) | Change::GiveUp(_) => 64,
+            Change::Cluster(body) => body.len() + 64,
         }
     }
 
@@ -174,6 +182,16 @@ impl table_book::Change for Change {
                 let insert = sqlx::query("INSERT INTO backup(what, at) VALUES (?, ?)").bind(*what).bind(*at_us);
                 insert.execute(connection).await?;
                 digest.add(&backup_hash(what, *at_us));
+            }
+            Change::Cluster(body) => {
+                let before =
+                    sqlx::query("SELECT body FROM cluster WHERE one = 1").fetch_optional(&mut *connection).await?;
+                if let Some(row) = before {
+                    digest.subtract(&cluster_hash(row.try_get(0)?));
+                }
+                let keep = sqlx::query("INSERT OR REPLACE INTO cluster(one, body) VALUES (1, ?)").bind(body.clone());
+                keep.execute(connection).await?;
+                digest.add(&cluster_hash(body));
             }
         }
         Ok(())
@@ -419,6 +437,24 @@ impl NodeStore {
         row.try_get(0).map_err(|error| self.read_error(error))
     }
 
+    /// Keeps what the node knows of its cluster, in the place of what it knew before; durable when this returns. What it says is the caller's.
+    ///
+    /// # Errors
+    /// It was not written, or that is unknown; keep it again.
+    pub async fn keep_cluster(&self, body: Vec<u8>) -> Result<(), CommitError> {
+        self.database.change(Change::Cluster(body)).await
+    }
+
+    /// What the node knows of its cluster; none if it is in no cluster.
+    ///
+    /// # Errors
+    /// The file cannot be read.
+    pub async fn cluster(&self) -> Result<Option<Vec<u8>>, ReadError> {
+        let query = sqlx::query("SELECT body FROM cluster WHERE one = 1");
+        let row = query.fetch_optional(&self.database.readers).await.map_err(|error| self.read_error(error))?;
+        row.map(|row| row.try_get(0)).transpose().map_err(|error| self.read_error(error))
+    }
+
     /// Reads every row and compares their sum with what was committed. Returns what is wrong, in words.
     ///
     /// # Errors
@@ -466,9 +502,13 @@ async fn sum(connection: &mut SqliteConnection) -> sqlx::Result<Digest> {
         digest.add(&receipt_hash(row.try_get(0)?, row.try_get(1)?));
     }
     drop(rows);
-    let mut rows = sqlx::query("SELECT what, at FROM backup").fetch(connection);
+    let mut rows = sqlx::query("SELECT what, at FROM backup").fetch(&mut *connection);
     while let Some(row) = rows.try_next().await? {
         digest.add(&backup_hash(row.try_get(0)?, row.try_get(1)?));
+    }
+    drop(rows);
+    if let Some(row) = sqlx::query("SELECT body FROM cluster").fetch_optional(connection).await? {
+        digest.add(&cluster_hash(row.try_get(0)?));
     }
     Ok(digest)
 }

@@ -266,6 +266,10 @@ CREATE TABLE backup(
     what TEXT NOT NULL,
     at INTEGER NOT NULL
 ) STRICT;
+CREATE TABLE cluster(
+    one INTEGER PRIMARY KEY CHECK (one = 1),
+    body BLOB NOT NULL
+) STRICT;
 ";
 
 /// Why a file does not fit.

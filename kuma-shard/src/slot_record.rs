@@ -4,10 +4,12 @@
 //! - A record is never deleted, and its floor never falls.
 //! - A transaction says what must hold for it; if that does not hold nothing is written.
 
+use serde::{Deserialize, Serialize};
+
 use crate::{DiskId, Epoch, TransferId};
 
 /// What a copy of a slot holds: how many rows, and the sum of their hashes (docs/formats.md).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Content {
     /// Rows, erased ones too.
     pub len: u64,
@@ -16,7 +18,7 @@ pub struct Content {
 }
 
 /// Who has the say, as far as this disk goes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Token {
     /// Not this disk.
     None,
@@ -36,7 +38,7 @@ pub enum Token {
 }
 
 /// A whole copy, checked and on this disk, which may become the slot by a grant.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Staged {
     /// By which attempt.
     pub transfer: TransferId,
@@ -49,7 +51,7 @@ pub struct Staged {
 }
 
 /// The durable state of a slot at one disk.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct SlotRecord {
     /// Who has the say.
     pub token: Token,
