@@ -10,11 +10,12 @@
 use std::collections::BTreeSet;
 
 use kuma_core::{DiskId, Epoch};
+use serde::{Deserialize, Serialize};
 
 use crate::handoff::{Safeguard, Safeguards};
 
 /// What a node knows of disks; durable.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Disks {
     own: DiskId,
     members: BTreeSet<DiskId>,
@@ -85,6 +86,11 @@ impl Disks {
         self.removed.extend(removed.iter().filter(|disk| **disk != self.own));
     }
 
+    /// Takes over the sets that another disk has.
+    pub fn learn(&mut self, other: &Disks) {
+        self.merge(&other.members, &other.retired, &other.removed);
+    }
+
     /// What a member tells a new disk.
     pub fn answer(&self, floor: Epoch) -> JoinAnswer {
         let Disks { members, retired, removed, .. } = self.clone();
@@ -93,7 +99,7 @@ impl Disks {
 }
 
 /// The answer of a member to a disk that joins.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct JoinAnswer {
     /// The highest epoch that the member knows of the slot.
     pub floor: Epoch,
@@ -112,6 +118,11 @@ pub struct Join {
 }
 
 impl Join {
+    /// Whether this disk has answered.
+    pub fn has_answered(&self, disk: DiskId) -> bool {
+        self.answered.contains(&disk)
+    }
+
     /// Takes an answer. `disks` is to be durable, with the floor, before anything else is done; it takes part as soon as every member that was
     /// named has answered.
     pub fn answered(&mut self, disks: &mut Disks, from: DiskId, answer: &JoinAnswer, safeguards: Safeguards) {

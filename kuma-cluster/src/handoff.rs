@@ -29,11 +29,12 @@ mod safeguards;
 pub use kuma_core::{Content, SlotRecord, Staged, Token, TransferId, Txn};
 use kuma_core::{DiskId, Epoch};
 pub use safeguards::{Safeguard, Safeguards};
+use serde::{Deserialize, Serialize};
 
 use crate::disks::Disks;
 
 /// A message between two disks, about one slot.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Envelope {
     /// The disk that sends it.
     pub from: DiskId,
@@ -44,7 +45,7 @@ pub struct Envelope {
 }
 
 /// What two disks say of a slot to each other. Rows travel beside: in chunks while the giver copies, and the rest with [`Message::Prepare`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Message {
     /// Giver: this is all; check it, keep it, and say so.
     Prepare {

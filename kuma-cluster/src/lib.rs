@@ -10,15 +10,30 @@
 //! - [`members`]: the nodes, their names and addresses, and slots that are pinned to one of them.
 //! - [`ring`]: where slots should be.
 
+mod commands;
 pub mod disks;
+pub mod handle;
 pub mod handoff;
 pub mod members;
+pub mod node;
+mod registry;
+mod requests;
 pub mod ring;
+pub mod routes;
+mod shared;
+mod slot_actor;
+#[doc(hidden)]
+pub mod testing;
+pub mod transport;
+pub mod wire;
 
 pub use disks::{Disks, Join, JoinAnswer};
+pub use handle::{Append, Execute, Executed, Handle, RawHandle};
 pub use handoff::{
     Content, Effect, Envelope, Handoff, Input, Message, Out, Phase, Plan, Safeguard, Safeguards, SlotRecord, Staged,
     Token, TransferId, Txn,
 };
 pub use members::{JoinRefused, Member, Members, NodeId, Standing};
+pub use node::{MemberStatus, Node, NodeError, NodeOptions, SlotStatus};
 pub use ring::{Move, Ring};
+pub use shared::{MoveProgress, MoveTotals};

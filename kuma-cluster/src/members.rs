@@ -16,9 +16,10 @@ use std::{
 };
 
 use kuma_core::{DiskId, Slot};
+use serde::{Deserialize, Serialize};
 
 /// Names a node for ever: 128 random bits, kept in its data directory, also over a restore.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct NodeId(pub [u8; 16]);
 
 impl fmt::Display for NodeId {
@@ -34,7 +35,7 @@ impl fmt::Debug for NodeId {
 }
 
 /// What a node is about to do. In the order in which one counts more than the other.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum Standing {
     /// It has asked, and does not take part yet.
     Joining,
@@ -47,7 +48,7 @@ pub enum Standing {
 }
 
 /// What is known of a node.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Member {
     /// Raised with each change.
     pub version: u64,
@@ -64,7 +65,7 @@ pub struct Member {
 }
 
 /// All nodes, and slots that somebody wants to be at one of them.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Members {
     nodes: BTreeMap<NodeId, Member>,
     /// With the version of the pin. None: it was taken away.

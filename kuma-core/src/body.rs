@@ -60,13 +60,7 @@ impl EventEncoder {
     pub(crate) fn typed<E: Entity>(&mut self, event: &E::Event) -> Result<E::Event, Refused> {
         self.scratch.clear();
         let undecodable = |detail: String| Refused::Undecodable { event: E::KIND.to_owned(), detail };
-        rmp_serde::encode::write_named(&mut self.scratch, event).map_err(|error| undecodable(error.to_string()))?;
-        // A variant without data is a bare string; it becomes a map like the others.
-        if self.scratch.first().is_some_and(|marker| matches!(marker, 0xa0..=0xbf | 0xd9..=0xdb)) {
-            self.scratch.insert(0, MAP_OF_ONE);
-            self.scratch.push(NIL);
-        }
-        split(&self.scratch).ok_or_else(|| undecodable("events must be an externally tagged enum".to_owned()))?;
+        write_typed::<E>(&mut self.scratch, event)?;
         self.push(E::SCHEMA)?;
         let name = split(&self.scratch).map_or("", |(name, _)| name);
         decode_typed::<E>(&self.scratch).map_err(|error| undecodable(without_values(&error, name)))
@@ -182,6 +176,25 @@ impl<'a> Body<'a> {
     pub(crate) fn parse(bytes: &'a [u8]) -> Result<Self, rmp_serde::decode::Error> {
         rmp_serde::from_slice(bytes)
     }
+}
+
+fn write_typed<E: Entity>(bytes: &mut Vec<u8>, event: &E::Event) -> Result<(), Refused> {
+    let undecodable = |detail: String| Refused::Undecodable { event: E::KIND.to_owned(), detail };
+    rmp_serde::encode::write_named(bytes, event).map_err(|error| undecodable(error.to_string()))?;
+    // A variant without data is a bare string; it becomes a map like the others.
+    if bytes.first().is_some_and(|marker| matches!(marker, 0xa0..=0xbf | 0xd9..=0xdb)) {
+        bytes.insert(0, MAP_OF_ONE);
+        bytes.push(NIL);
+    }
+    split(bytes).ok_or_else(|| undecodable("events must be an externally tagged enum".to_owned()))?;
+    Ok(())
+}
+
+/// An event as it stands in a body.
+pub(crate) fn encode_typed<E: Entity>(event: &E::Event) -> Result<Vec<u8>, Refused> {
+    let mut bytes = Vec::new();
+    write_typed::<E>(&mut bytes, event)?;
+    Ok(bytes)
 }
 
 /// An encoded event's name and data.

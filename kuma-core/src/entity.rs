@@ -77,11 +77,12 @@ impl fmt::Display for Version {
 }
 
 /// An event that is not stored yet, for handles that do not know its Rust type.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct NewEvent {
     pub(crate) name: String,
     pub(crate) schema: u32,
     /// MessagePack.
+    #[serde(with = "serde_bytes")]
     pub(crate) data: Vec<u8>,
 }
 
@@ -116,6 +117,25 @@ impl NewEvent {
     /// An event with data that is MessagePack already. It is checked when it is appended.
     pub fn message_pack(name: impl Into<String>, data: Vec<u8>) -> Self {
         NewEvent { name: name.into(), schema: 1, data }
+    }
+
+    /// The event as a kind's type has it.
+    ///
+    /// # Errors
+    /// The type does not know the event, or reads its data differently.
+    pub fn decode<E: Entity>(&self) -> Result<E::Event, rmp_serde::decode::Error> {
+        crate::body::decode_typed::<E>(&crate::body::join(&self.name, &self.data))
+    }
+
+    /// An event of a type, as a handle that knows the type would store it.
+    ///
+    /// # Errors
+    /// It cannot be stored.
+    pub fn typed<E: Entity>(event: &E::Event) -> Result<Self, Refused> {
+        let encoded = crate::body::encode_typed::<E>(event)?;
+        let undecodable = || Refused::Undecodable { event: E::KIND.to_owned(), detail: "it has no name".to_owned() };
+        let (name, data) = crate::body::split(&encoded).ok_or_else(undecodable)?;
+        Ok(NewEvent { name: name.to_owned(), schema: E::SCHEMA, data: data.to_vec() })
     }
 
     /// The version of the data's shape; 1 if not set.
@@ -157,6 +177,11 @@ impl RecordedEvent {
         let mut text = Vec::with_capacity(self.data.len() * 2);
         unpack(&self.data, &mut text).ok()?;
         String::from_utf8(text).ok()
+    }
+
+    /// The event as it could be appended again.
+    pub fn to_new(&self) -> NewEvent {
+        NewEvent { name: self.name.clone(), schema: self.schema, data: self.data.clone() }
     }
 
     /// The event as a kind's type has it.

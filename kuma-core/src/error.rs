@@ -205,6 +205,12 @@ pub enum Refused {
         /// The limit.
         bytes_max: usize,
     },
+    /// The node that owns the entity refused the request.
+    #[error("{detail}")]
+    ByOwner {
+        /// In that node's words.
+        detail: String,
+    },
     /// Whoever asks for an erasure has to say why.
     #[error("the reason is refused: {detail}; say in 1 to 1024 bytes why, and by whom, without naming the person")]
     InvalidReason {
@@ -303,6 +309,30 @@ pub enum Unavailable {
         /// The slot.
         slot: Slot,
     },
+    /// The node that owns the entity does not answer. Its entities wait for it, and for nobody else.
+    #[error("slot {slot} is owned by node {node}, which has not been reached for {}; its entities are unavailable until it is back, retry then", seconds(*.since))]
+    OwnerUnreachable {
+        /// The slot.
+        slot: Slot,
+        /// What people call the node.
+        node: String,
+        /// Since when.
+        since: Duration,
+    },
+    /// No answer came in time, from whichever node owns the entity; nothing was done.
+    #[error("no node that owns slot {slot} could be asked within {}; retry", seconds(*.within))]
+    NoOwnerFound {
+        /// The slot.
+        slot: Slot,
+        /// How long it was tried.
+        within: Duration,
+    },
+    /// The node that owns the entity cannot do it now; nothing was done.
+    #[error("{detail}")]
+    AtOwner {
+        /// In that node's words.
+        detail: String,
+    },
     /// The slot of the entity is another node's.
     #[error(
         "slot {slot} is not owned by this node; ask the node that owns it, or any node of the cluster by its own interface"
@@ -335,6 +365,10 @@ pub enum AppendError {
         /// Whether it had an idempotency key, so that sending it again with the same key is safe.
         has_key: bool,
     },
+}
+
+fn seconds(duration: Duration) -> String {
+    format!("{:.1} s", duration.as_secs_f64())
 }
 
 fn advice(has_key: bool) -> &'static str {

@@ -18,8 +18,8 @@ use std::{collections::HashSet, sync::Arc};
 
 use kuma_crypto::{DataKey, IdSecret, KeyId, Secret32};
 use kuma_shard::{
-    CommitError, Content, DiskId, EntityHash, EntityRow, NotWritten, ReadBack, ReadError, Slot, SlotRecord, SlotRows,
-    Token, TransferId, Txn,
+    CommitError, Content, DiskId, EntityHash, EntityRow, Epoch, NotWritten, ReadBack, ReadError, Slot, SlotRecord,
+    SlotRows, Token, TransferId, Txn,
 };
 use serde::{Deserialize, Serialize};
 use tokio::sync::{Mutex, oneshot};
@@ -172,6 +172,13 @@ impl Slots {
         let cores = (0..self.inner.shards()).filter_map(|shard| self.inner.core_of_shard(shard));
         let records = cores.flat_map(|core| core.shard.slots());
         records.filter(|(slot, _)| *slot != Slot::OWN).collect()
+    }
+
+    /// The slots that this disk owns, but for the store's own one, with their epochs.
+    pub fn owned(&self) -> Vec<(Slot, Epoch)> {
+        let cores = (0..self.inner.shards()).filter_map(|shard| self.inner.core_of_shard(shard));
+        let owned = cores.flat_map(|core| core.shard.owned_slots());
+        owned.filter(|(slot, _)| *slot != Slot::OWN).collect()
     }
 
     /// Whether requests for entities of the slot are let in.

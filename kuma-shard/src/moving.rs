@@ -20,9 +20,13 @@ use sqlx::{Row, SqliteConnection, sqlite::SqliteRow};
 use tokio::sync::oneshot;
 
 use crate::{
-    CommitError, Content, CopyId, Digest, EntityRow, LogRow, NotWritten, PAGE_BYTES, ReadError, Shard, Slot,
-    SlotRecord, TransferId, Txn, log_entry::LogEntry, log_row, slots::SlotSum, snapshots, statements,
-    statements::CopiedRow,
+    CommitError, Content, CopyId, Digest, EntityRow, Epoch, LogRow, NotWritten, PAGE_BYTES, ReadError, Shard, Slot,
+    SlotRecord, Token, TransferId, Txn,
+    log_entry::LogEntry,
+    log_row,
+    slots::{SlotImage, SlotSum},
+    snapshots,
+    statements::{self, CopiedRow},
 };
 
 /// Rows that are read or moved at a time.
@@ -92,6 +96,15 @@ impl Shard {
     /// The records of all slots of this shard, the store's own too.
     pub fn slots(&self) -> Vec<(Slot, SlotRecord)> {
         self.shared_slots().read().iter().map(|image| (image.slot, image.record())).collect()
+    }
+
+    /// The slots that this disk owns, with their epochs.
+    pub fn owned_slots(&self) -> Vec<(Slot, Epoch)> {
+        let owned = |image: &SlotImage| match image.token {
+            Token::Owned(epoch) => Some((image.slot, epoch)),
+            Token::None | Token::Released { .. } => None,
+        };
+        self.shared_slots().read().iter().filter_map(owned).collect()
     }
 
     /// Changes a slot's token, if the token allows it when the writer comes to it. Durable when this returns.
@@ -621,7 +634,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        Activation, Commit, DiskId, Epoch, LogReader, SnapshotRow, Staged, Token,
+        Activation, Commit, DiskId, LogReader, SnapshotRow, Staged,
         test_shard::{TestShard, commit},
         verify::CommitCheck,
     };

@@ -1,0 +1,237 @@
+//! The ring-registry: it knows the members, computes where slots should be, and proposes handoffs to the slots' actors.
+//!
+//! Invariants:
+//! - It moves nothing by itself: what it says is a wish, and the slot's actor and token decide.
+//! - No more than so many slots of this node are on their way at once, and one that has just been tried is left alone for a while.
+//! - Nothing is served before another node that serves has said that this disk is the newest one of its node, or all nodes are there
+//!   (a whole cluster that starts), or there are no others.
+
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    sync::{Arc, atomic::Ordering::SeqCst},
+    time::{Duration, Instant},
+};
+
+use kuma_core::{DiskId, Epoch, Gate, Slot};
+use ractor::{Actor, ActorProcessingErr, ActorRef};
+
+use crate::{
+    disks::Join,
+    handoff::Safeguards,
+    members::{NodeId, Standing},
+    shared::Shared,
+    slot_actor::SlotMessage,
+    wire::{self, JoinReply, JoinRequest, kind},
+};
+
+/// How often it looks, beside what it is told.
+const EVERY: Duration = Duration::from_millis(250);
+/// Slots of this node that are on their way at once, unless the options say otherwise.
+pub(crate) const MOVES_MAX: usize = 16;
+/// After an attempt that came to nothing.
+const LEAVE_ALONE: Duration = Duration::from_secs(1);
+/// How often everything is told to everybody, in case that something was lost.
+const TELL_EVERY: Duration = Duration::from_secs(5);
+const JOIN_WITHIN: Duration = Duration::from_secs(2);
+
+pub(crate) enum RegistryMessage {
+    /// It is time to look.
+    Look,
+    /// A link is there.
+    Up(DiskId),
+    /// What is known of the cluster has changed.
+    Changed,
+    /// A slot has moved, or not.
+    MoveEnded { slot: Slot, is_done: bool },
+}
+
+impl ractor::Message for RegistryMessage {} // local only
+
+pub(crate) struct Registry;
+
+pub(crate) struct RegistryState {
+    shared: Arc<Shared>,
+    moves_max: usize,
+    join: Join,
+    left_alone: HashMap<Slot, Instant>,
+    told_at: Instant,
+    /// Something changed since everybody was told.
+    untold: bool,
+}
+
+impl Actor for Registry {
+    type Msg = RegistryMessage;
+    type State = RegistryState;
+    type Arguments = (Arc<Shared>, usize);
+
+    async fn pre_start(
+        &self,
+        me: ActorRef<RegistryMessage>,
+        (shared, moves_max): (Arc<Shared>, usize),
+    ) -> Result<RegistryState, ActorProcessingErr> {
+        // Ends with this actor.
+        me.send_interval(EVERY, || RegistryMessage::Look);
+        Ok(RegistryState {
+            shared,
+            moves_max,
+            join: Join::default(),
+            left_alone: HashMap::new(),
+            told_at: Instant::now(),
+            untold: true,
+        })
+    }
+
+    async fn handle(
+        &self,
+        _me: ActorRef<RegistryMessage>,
+        message: RegistryMessage,
+        state: &mut RegistryState,
+    ) -> Result<(), ActorProcessingErr> {
+        match message {
+            RegistryMessage::Look => state.look().await,
+            RegistryMessage::Up(disk) => {
+                state.shared.cast(disk, kind::GOSSIP, &state.shared.gossip());
+                state.look().await;
+            }
+            RegistryMessage::Changed => {
+                state.untold = true;
+                state.look().await;
+            }
+            RegistryMessage::MoveEnded { slot, is_done } => {
+                if !is_done {
+                    state.left_alone.insert(slot, Instant::now() + LEAVE_ALONE);
+                }
+                state.start_moves().await;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl RegistryState {
+    async fn look(&mut self) {
+        let shared = self.shared.clone();
+        if let Some(transport) = shared.transport() {
+            transport.keep_connected(shared.targets());
+        }
+        if !shared.state().disks.is_active() {
+            self.join().await;
+        }
+        self.pass();
+        if self.untold || self.told_at.elapsed() >= TELL_EVERY {
+            (self.untold, self.told_at) = (false, Instant::now());
+            shared.tell_all();
+        }
+        self.start_moves().await;
+    }
+
+    /// Asks every disk that is known to let this one take part.
+    async fn join(&mut self) {
+        let shared = self.shared.clone();
+        let Some(transport) = shared.transport() else { return };
+        let state = shared.state();
+        let Some(member) = state.members.get(state.node).cloned() else { return };
+        let request = wire::encode(&JoinRequest { node: state.node, member, replaces: None });
+        let waiting: Vec<DiskId> =
+            state.disks.members().filter(|disk| *disk != shared.own && !self.join.has_answered(*disk)).collect();
+        let asked = waiting
+            .iter()
+            .map(|disk| async { (*disk, transport.call(*disk, kind::JOIN, request.clone(), JOIN_WITHIN).await) });
+        for (disk, reply) in futures_util::future::join_all(asked).await {
+            match reply.ok().and_then(|reply| wire::decode(&reply)) {
+                Some(JoinReply::Admitted { answer, members }) => {
+                    let join = &mut self.join;
+                    let kept = shared
+                        .change(|state| {
+                            state.members.merge(&members);
+                            join.answered(&mut state.disks, disk, &answer, Safeguards::ALL);
+                            if state.disks.is_active() {
+                                let node = state.node;
+                                state.members.set_standing(node, Standing::Member);
+                            }
+                        })
+                        .await;
+                    if let Err(error) = kept {
+                        // Asked again.
+                        self.join = Join::default();
+                        tracing::warn!(target: "kuma::cluster", %error, "the answer of a node could not be kept");
+                    }
+                }
+                Some(JoinReply::Refused(why)) => {
+                    tracing::error!(target: "kuma::cluster", node = %shared.name_of(disk), %why, "this node is not let in");
+                }
+                None => {}
+            }
+        }
+        if shared.state().disks.is_active() {
+            tracing::info!(target: "kuma::cluster", node = %shared.name, "this node takes part in the cluster");
+            self.untold = true;
+        }
+    }
+
+    /// Serves, once it may.
+    fn pass(&mut self) {
+        let shared = &self.shared;
+        if shared.has_passed.load(SeqCst) || !shared.state().disks.is_active() {
+            return;
+        }
+        let peers = shared.peers();
+        let passed: HashSet<DiskId> = shared.passed_peers.lock().clone();
+        let is_up = |disk: &DiskId| shared.transport().is_some_and(|transport| transport.is_up(*disk));
+        let told = peers.iter().any(|disk| passed.contains(disk) && is_up(disk));
+        if !(told || peers.iter().all(is_up)) {
+            return;
+        }
+        shared.has_passed.store(true, SeqCst);
+        let owns = shared.owns();
+        for (slot, epoch) in &owns {
+            shared.slots.set_gate(*slot, Gate::Open);
+            shared.routes.note(*slot, *epoch, shared.own);
+        }
+        tracing::info!(target: "kuma::cluster", slots = owns.len(), "this node serves what it owns");
+        self.untold = true;
+    }
+
+    /// Slots that should be elsewhere, with where.
+    fn wishes(&self) -> Vec<(Slot, Epoch, DiskId)> {
+        let shared = &self.shared;
+        let state = shared.state();
+        let disks: BTreeMap<NodeId, DiskId> = state.members.iter().map(|(node, member)| (node, member.disk)).collect();
+        let ring = shared.ring();
+        let wish = |(slot, epoch): (Slot, Epoch)| {
+            let to = *disks.get(&ring.owner(slot)?)?;
+            (to != shared.own).then_some((slot, epoch, to))
+        };
+        shared.owns().into_iter().filter_map(wish).collect()
+    }
+
+    async fn start_moves(&mut self) {
+        let shared = self.shared.clone();
+        let Some(transport) = shared.transport() else { return };
+        let may = shared.has_passed.load(SeqCst) && !shared.is_closing.load(SeqCst);
+        let mut room = self.moves_max.saturating_sub(shared.moves.lock().len());
+        if !may || room == 0 || shared.slots.is_erasing() {
+            return;
+        }
+        let now = Instant::now();
+        self.left_alone.retain(|_, until| *until > now);
+        for (slot, _, to) in self.wishes() {
+            if room == 0 {
+                return;
+            }
+            let is_moving = shared.moves.lock().contains_key(&slot);
+            if is_moving || self.left_alone.contains_key(&slot) || !transport.is_up(to) {
+                continue;
+            }
+            let Some(actor) = shared.slot_actor(slot).await else { return };
+            let progress =
+                crate::shared::MoveProgress { slot, to, phase: "copying", rows_left: 0, rows_sent: 0, since: now };
+            shared.moves.lock().insert(slot, progress);
+            if actor.cast(SlotMessage::Start { to }).is_err() {
+                shared.moves.lock().remove(&slot);
+                continue;
+            }
+            room -= 1;
+        }
+    }
+}

@@ -1,0 +1,228 @@
+//! Requests for entities, wherever their slots are.
+//!
+//! ```text
+//!  handle ──► is the slot here? ──yes──► this node's store
+//!                │ no
+//!                ▼
+//!             its owner, as far as is known ──► answer
+//!                │ "not mine", with a later owner; moving; no link
+//!                ▼
+//!             again, until the deadline
+//! ```
+//!
+//! Invariants:
+//! - A write that goes to another node has an idempotency key, its caller's or one of its own: whatever becomes of the link, it happens once.
+//! - Only what surely was not done is tried elsewhere without being told: with a key everything can be.
+//! - A request ends at its deadline, with what is known then.
+
+use std::{
+    sync::{Arc, atomic::Ordering::SeqCst},
+    time::{Duration, Instant},
+};
+
+use kuma_core::{AppendError, Entity, EntityHash, Gate, ReadError, Refused, Slot, Unavailable, Version, slot_of};
+
+use crate::{
+    commands::Call,
+    shared::Shared,
+    transport::CallError,
+    wire::{self, Ask, Failure, Reply, Request, kind},
+};
+
+/// What a request waits between two attempts: at first hardly, then some more.
+const AGAIN: [Duration; 2] = [Duration::from_millis(1), Duration::from_millis(50)];
+/// An owner that is not reached for so long is said to be so.
+const UNREACHABLE_AFTER: Duration = Duration::from_millis(500);
+
+/// Asks whoever owns the slot.
+pub(crate) async fn ask(shared: &Arc<Shared>, request: Request, within: Duration) -> Result<Reply, Unavailable> {
+    let slot = slot_of(&request.entity_kind, &request.id);
+    let begun = Instant::now();
+    let mut body = None;
+    let mut wait = AGAIN[0];
+    // Whether an attempt was sent of which no answer came.
+    let mut sent = None;
+    loop {
+        let left = within.saturating_sub(begun.elapsed());
+        if left.is_zero() || shared.is_closing.load(SeqCst) {
+            return Err(match sent {
+                Some(why) => return Ok(Reply::Failed(Failure::Unknown(why))),
+                None if shared.is_closing.load(SeqCst) => Unavailable::ShuttingDown,
+                None => Unavailable::NoOwnerFound { slot, within },
+            });
+        }
+        match shared.slots.gate(slot) {
+            Gate::Open => match answer(shared, &request).await {
+                Some(reply) => return Ok(reply),
+                None => {}
+            },
+            Gate::Sealed => {
+                // Decided in a moment, one way or the other.
+                let _ = tokio::time::timeout(left, shared.slots.decided(slot)).await;
+                continue;
+            }
+            Gate::Closed => {}
+        }
+        let owner = shared.routes.get(slot).filter(|(_, disk)| *disk != shared.own);
+        if let (Some((_, disk)), Some(transport)) = (owner, shared.transport()) {
+            if !transport.is_up(disk) {
+                let since = shared.down.lock().get(&disk).map(Instant::elapsed);
+                let since = since.unwrap_or_else(|| begun.elapsed());
+                if since >= UNREACHABLE_AFTER && sent.is_none() {
+                    return Err(Unavailable::OwnerUnreachable { slot, node: shared.name_of(disk), since });
+                }
+            } else {
+                let body = body.get_or_insert_with(|| wire::encode(&request));
+                match transport.call(disk, kind::REQUEST, body.clone(), left).await {
+                    Ok(reply) => match wire::decode(&reply) {
+                        Some(Reply::Elsewhere { owner }) => {
+                            if let Some((epoch, disk)) = owner {
+                                shared.routes.note(slot, epoch, disk);
+                            }
+                        }
+                        Some(Reply::Failed(Failure::Unavailable(detail))) if left > AGAIN[1] * 2 => {
+                            tracing::debug!(target: "kuma::cluster", %slot, %detail, "the owner cannot do it now; it is asked again");
+                        }
+                        Some(reply) => return Ok(reply),
+                        None => return Err(unreadable()),
+                    },
+                    Err(CallError::UnknownKind) => return Err(unreadable()),
+                    Err(CallError::TooLarge { bytes }) => {
+                        let why = format!("the request has {bytes} bytes, which is more than goes to another node");
+                        return Ok(Reply::Failed(Failure::Refused(why)));
+                    }
+                    Err(error) if error.is_unknown() => sent = Some(error.to_string()),
+                    Err(_) => {}
+                }
+            }
+        }
+        tokio::time::sleep(wait.min(within.saturating_sub(begun.elapsed()))).await;
+        wait = (wait * 2).min(AGAIN[1]);
+    }
+}
+
+fn unreadable() -> Unavailable {
+    Unavailable::AtOwner {
+        detail: "the node that owns the entity runs a version that does not know this request".to_owned(),
+    }
+}
+
+/// Does what is asked, if the slot is here; none if it is not, and nothing was done.
+pub(crate) async fn answer(shared: &Arc<Shared>, request: &Request) -> Option<Reply> {
+    let Request { entity_kind, id, ask } = request;
+    let raw = shared.kuma.raw(entity_kind, id);
+    let result = match ask.clone() {
+        Ask::Append { events, expected, key, metadata } => {
+            let mut append = raw.append_all(events).idempotency_key(&key);
+            if let Some(expected) = expected {
+                append = append.expecting(expected);
+            }
+            if let Some(metadata) = metadata {
+                append = append.metadata(metadata);
+            }
+            let appended = async { append.submit().await?.appended().await }.await;
+            appended.map(|done| Reply::Appended { version: done.version, repeated: done.repeated })
+        }
+        Ask::Read => {
+            let read = raw.read().await;
+            read.map(|(state, version)| Reply::State { state, version }).map_err(AppendError::from)
+        }
+        Ask::Execute { command, fields, expected, key, metadata } => {
+            let Some(run) = shared.commands.find(entity_kind, &command) else {
+                let why = format!(
+                    "this node does not know the command {command} of kind {entity_kind}; register it on every node (`Options::command`)"
+                );
+                return Some(Reply::Failed(Failure::Refused(why)));
+            };
+            run(Call { kuma: shared.kuma.clone(), id: id.clone(), fields, expected, key, metadata }).await
+        }
+    };
+    match result {
+        Ok(reply) => Some(reply),
+        Err(error) if is_elsewhere(&error) => None,
+        Err(error) => Some(failed(error)),
+    }
+}
+
+/// Answers a request of another node.
+pub(crate) async fn serve(shared: &Arc<Shared>, request: Request) -> Reply {
+    let slot = slot_of(&request.entity_kind, &request.id);
+    loop {
+        match shared.slots.decided(slot).await {
+            Gate::Open => match answer(shared, &request).await {
+                Some(reply) => return reply,
+                None if shared.slots.gate(slot) == Gate::Open => return elsewhere(shared, slot),
+                None => {}
+            },
+            _ => return elsewhere(shared, slot),
+        }
+    }
+}
+
+fn elsewhere(shared: &Shared, slot: Slot) -> Reply {
+    Reply::Elsewhere { owner: shared.routes.get(slot).filter(|(_, disk)| *disk != shared.own) }
+}
+
+/// Whether nothing was done because the slot is not here, or not any more.
+pub(crate) fn is_elsewhere(error: &AppendError) -> bool {
+    match error {
+        AppendError::Unavailable(unavailable) => match unavailable {
+            Unavailable::SlotMoves { .. } | Unavailable::SlotElsewhere { .. } => true,
+            Unavailable::NotWritten { cause, .. } => matches!(cause, kuma_core::NotWritten::NotOwner { .. }),
+            _ => false,
+        },
+        _ => false,
+    }
+}
+
+/// An error as it goes to another node.
+pub(crate) fn failed(error: AppendError) -> Reply {
+    Reply::Failed(match error {
+        AppendError::Refused(refused) => match refused {
+            Refused::WrongVersion { expected, actual, .. } => Failure::WrongVersion { expected, actual },
+            Refused::KeyReused { version, .. } => Failure::KeyReused { version },
+            Refused::Erased { .. } => Failure::Erased,
+            other => Failure::Refused(other.to_string()),
+        },
+        AppendError::Unavailable(unavailable) => Failure::Unavailable(unavailable.to_string()),
+        AppendError::Unknown { detail, .. } => Failure::Unknown(detail),
+    })
+}
+
+/// The same as this node's callers see it.
+pub(crate) fn error_of(entity: EntityHash, failure: Failure) -> AppendError {
+    match failure {
+        Failure::WrongVersion { expected, actual } => Refused::WrongVersion { entity, expected, actual }.into(),
+        Failure::KeyReused { version } => Refused::KeyReused { entity, version }.into(),
+        Failure::Erased => Refused::Erased { entity }.into(),
+        Failure::Refused(detail) => Refused::ByOwner { detail }.into(),
+        Failure::Unavailable(detail) => Unavailable::AtOwner { detail }.into(),
+        Failure::Unknown(detail) => AppendError::Unknown { entity, detail, has_key: true },
+    }
+}
+
+/// A reply that no request of this kind has.
+pub(crate) fn unexpected() -> AppendError {
+    Unavailable::AtOwner { detail: "the node that owns the entity gave an answer to another question".to_owned() }
+        .into()
+}
+
+/// The state in a reply.
+pub(crate) fn state_of<E: Entity>(entity: EntityHash, reply: Reply) -> Result<(E, Version), ReadError> {
+    match reply {
+        Reply::State { state, version } => {
+            let read = serde_json::from_value(state);
+            read.map(|state| (state, version)).map_err(|error| Refused::NoJson { detail: error.to_string() }.into())
+        }
+        Reply::Failed(failure) => Err(read_error(error_of(entity, failure))),
+        _ => Err(read_error(unexpected())),
+    }
+}
+
+pub(crate) fn read_error(error: AppendError) -> ReadError {
+    match error {
+        AppendError::Refused(refused) => ReadError::Refused(refused),
+        AppendError::Unavailable(unavailable) => ReadError::Unavailable(unavailable),
+        AppendError::Unknown { detail, .. } => Unavailable::AtOwner { detail }.into(),
+    }
+}
