@@ -97,36 +97,15 @@ async fn node(hub: &Hub, path: &Path, name: &str, seeds: &[&Node]) -> Node {
 
 /// Waits until every slot is where it should be, and every node has heard of it.
 async fn settled(nodes: &[&Node]) {
-    let begun = std::time::Instant::now();
-    let mut said = 0;
     soon("all slots are where they should be", async || {
         let view = |node: &Node| {
             let of = |member: kuma_cluster::MemberStatus| (member.name, member.standing, member.wished);
             node.members().into_iter().map(of).collect::<Vec<_>>()
         };
         let wished = |node: &Node| node.members().iter().find(|member| member.is_own).map(|own| own.wished);
-        if begun.elapsed().as_secs() / 5 != said {
-            said = begun.elapsed().as_secs() / 5;
-            for node in nodes {
-                let totals = node.move_totals();
-                let moves: Vec<_> =
-                    node.moves().into_iter().map(|m| (m.slot.number(), m.phase, m.since.elapsed())).take(3).collect();
-                println!(
-                    "{:?} owns {} of {:?}, given {} taken {} aborted {} moves {:?}",
-                    begun.elapsed(),
-                    node.owned(),
-                    wished(node),
-                    totals.given,
-                    totals.taken,
-                    totals.aborted,
-                    moves
-                );
-            }
-        }
         nodes.iter().all(|node| view(node) == view(nodes[0]) && wished(node) == Some(node.owned()) && node.is_settled())
     })
     .await;
-    println!("settled after {:?}", begun.elapsed());
 }
 
 fn id(number: u64) -> String {

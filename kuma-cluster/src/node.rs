@@ -682,9 +682,9 @@ impl Serve for Server {
     }
 
     fn down(&self, disk: DiskId, why: &str) {
-        self.0.down.lock().entry(disk).or_insert_with(Instant::now);
         self.0.passed_peers.lock().remove(&disk);
         if self.0.member_of(disk).is_some() && !self.0.is_closing.load(SeqCst) {
+            self.0.down.lock().entry(disk).or_insert_with(Instant::now);
             let node = self.0.name_of(disk);
             tracing::warn!(target: "kuma::cluster", %node, why, "the link to a node is down; it is dialed again, and what it owns waits for it");
         }

@@ -57,8 +57,14 @@ pub(crate) async fn ask(shared: &Arc<Shared>, request: Request, within: Duration
                 None => {}
             },
             Gate::Sealed => {
-                // Decided in a moment, one way or the other.
-                let _ = tokio::time::timeout(left, shared.slots.decided(slot)).await;
+                // Decided in a moment, one way or the other; unless whoever decides is out of reach.
+                let moment = left.min(UNREACHABLE_AFTER);
+                if tokio::time::timeout(moment, shared.slots.decided(slot)).await.is_err()
+                    && sent.is_none()
+                    && let Some(unreachable) = giver_out_of_reach(shared, slot)
+                {
+                    return Err(unreachable);
+                }
                 continue;
             }
             Gate::Closed => {}
@@ -99,6 +105,17 @@ pub(crate) async fn ask(shared: &Arc<Shared>, request: Request, within: Duration
         tokio::time::sleep(wait.min(within.saturating_sub(begun.elapsed()))).await;
         wait = (wait * 2).min(AGAIN[1]);
     }
+}
+
+/// A slot that was about to come here waits for what its giver decides.
+fn giver_out_of_reach(shared: &Shared, slot: Slot) -> Option<Unavailable> {
+    let giver = shared.slots.record(slot)?.staged?.from;
+    if shared.transport().is_some_and(|transport| transport.is_up(giver)) {
+        return None;
+    }
+    let since = shared.down.lock().get(&giver).map(Instant::elapsed).unwrap_or_default();
+    let node = shared.name_of(giver);
+    (since >= UNREACHABLE_AFTER).then_some(Unavailable::OwnerUnreachable { slot, node, since })
 }
 
 fn unreadable() -> Unavailable {

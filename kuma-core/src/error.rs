@@ -591,6 +591,12 @@ pub enum StartError {
         /// What is wrong with it.
         reason: String,
     },
+    /// The store is that of a node in a cluster.
+    #[error("{path} is the store of a node in a cluster, which must not be opened without it; start the node")]
+    Clustered {
+        /// The data directory.
+        path: std::path::PathBuf,
+    },
     /// The data directory.
     #[error(transparent)]
     DataDir(#[from] DataDirError),

@@ -344,6 +344,17 @@ async fn open_parts(
             return Err(error);
         }
     };
+    let is_clustered = match node.cluster().await {
+        Ok(cluster) => cluster.is_some(),
+        Err(error) => {
+            close(&[], &keys, Some(&node), root).await;
+            return Err(StartError::Erasures(error.to_string()));
+        }
+    };
+    if is_clustered && options.seat.is_none() {
+        close(&[], &keys, Some(&node), root).await;
+        return Err(StartError::Clustered { path: data_dir.path().to_owned() });
+    }
     let erasing = Erasing::default();
     match node.unfinished().await {
         Ok(unfinished) => unfinished.iter().for_each(|tombstone| erasing.entomb(tombstone)),
