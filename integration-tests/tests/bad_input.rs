@@ -355,11 +355,11 @@ async fn a_directory_of_a_newer_version_is_refused_and_left_alone() {
 
     for name in ["shard-001.db", "keys.db", "node.db"] {
         let mut bytes = fs::read(path.join(name)).unwrap();
-        assert_eq!(bytes[60..64], [0, 0, 0, 3], "the user version of SQLite's header");
-        bytes[63] = 4;
+        assert_eq!(bytes[60..64], [0, 0, 0, 4], "the user version of SQLite's header");
+        bytes[63] = 5;
         fs::write(path.join(name), bytes).unwrap();
         let (error, words) = fixture.refused(options(path)).await;
-        assert!(matches!(error, StartError::Open(OpenError::Newer { found: 4, supported: 3, .. })), "{error:?}");
+        assert!(matches!(error, StartError::Open(OpenError::Newer { found: 5, supported: 4, .. })), "{error:?}");
         assert_eq!(
             words,
             format!(

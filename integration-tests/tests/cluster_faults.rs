@@ -201,10 +201,13 @@ async fn a_whole_cluster_that_was_stopped_serves_again_when_all_are_back() {
     // Alone it cannot know that its disk is still the newest one of its node.
     tokio::time::sleep(Duration::from_millis(600)).await;
     assert!(!first.is_ready());
-    // It came back at another address, and finds the first one by the map that it has.
-    let second = start(&hub, directories[1].path(), "two", &[&first]).await.unwrap();
-    let _ = tokio::time::timeout(Duration::from_secs(2), ready(&second)).await;
+    let second = start(&hub, directories[1].path(), "two", &[]).await.unwrap();
     for node in [&first, &second] {
+        ready(node).await;
+    }
+    settled(&[&first, &second]).await;
+    for node in [&first, &second] {
+        assert_eq!(node.raw("thing", "a").read().await.unwrap().1, Version(1));
         node.shutdown().await;
     }
 }

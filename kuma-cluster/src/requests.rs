@@ -31,8 +31,10 @@ use crate::{
 
 /// What a request waits between two attempts: at first hardly, then some more.
 const AGAIN: [Duration; 2] = [Duration::from_millis(1), Duration::from_millis(50)];
-/// An owner that is not reached for so long is said to be so.
-const UNREACHABLE_AFTER: Duration = Duration::from_millis(500);
+/// An owner whose link broke so long ago is said to be out of reach: a link that can be made again is, in less.
+const UNREACHABLE_AFTER: Duration = Duration::from_millis(300);
+/// And one that there never was a link to, in this run of the node.
+const NEVER_REACHED_AFTER: Duration = Duration::from_secs(5);
 
 /// Asks whoever owns the slot.
 pub(crate) async fn ask(shared: &Arc<Shared>, request: Request, within: Duration) -> Result<Reply, Unavailable> {
@@ -72,9 +74,12 @@ pub(crate) async fn ask(shared: &Arc<Shared>, request: Request, within: Duration
         let owner = shared.routes.get(slot).filter(|(_, disk)| *disk != shared.own);
         if let (Some((_, disk)), Some(transport)) = (owner, shared.transport()) {
             if !transport.is_up(disk) {
-                let since = shared.down.lock().get(&disk).map(Instant::elapsed);
-                let since = since.unwrap_or_else(|| begun.elapsed());
-                if since >= UNREACHABLE_AFTER && sent.is_none() {
+                let down = shared.down.lock().get(&disk).map(Instant::elapsed);
+                let (since, patience) = match down {
+                    Some(since) => (since, UNREACHABLE_AFTER),
+                    None => (begun.elapsed(), NEVER_REACHED_AFTER),
+                };
+                if since >= patience && sent.is_none() {
                     return Err(Unavailable::OwnerUnreachable { slot, node: shared.name_of(disk), since });
                 }
             } else {

@@ -27,6 +27,8 @@ pub struct Hub(Arc<Inner>);
 #[derive(Default)]
 struct Inner {
     ports: AtomicU16,
+    /// A node that is started again has the address that it had.
+    addresses: Mutex<HashMap<PathBuf, SocketAddr>>,
     nodes: Mutex<HashMap<String, Attached>>,
     cut: Mutex<HashSet<BTreeSet<String>>>,
 }
@@ -51,12 +53,16 @@ impl Hub {
 
     /// Options of a node that is linked by this hub.
     pub fn node(&self, data_dir: impl Into<PathBuf>) -> NodeOptions {
-        let hub = self.clone();
+        let (hub, data_dir) = (self.clone(), data_dir.into());
+        let address = *self.0.addresses.lock().entry(data_dir.clone()).or_insert_with(|| {
+            let port = self.0.ports.fetch_add(1, SeqCst) + 1;
+            SocketAddr::from(([127, 0, 0, 1], port))
+        });
         NodeOptions::with_transport(
             data_dir,
             Arc::new(move |serve| {
                 let hub = hub.clone();
-                Box::pin(async move { Ok(hub.attach(serve)) })
+                Box::pin(async move { Ok((hub.attach(serve, address), address)) })
             }),
         )
     }
@@ -75,9 +81,7 @@ impl Hub {
         }
     }
 
-    fn attach(&self, serve: Arc<dyn Serve>) -> (Arc<dyn Transport>, SocketAddr) {
-        let port = self.0.ports.fetch_add(1, SeqCst) + 1;
-        let address = SocketAddr::from(([127, 0, 0, 1], port));
+    fn attach(&self, serve: Arc<dyn Serve>, address: SocketAddr) -> Arc<dyn Transport> {
         let attached = Attached { serve, links: Arc::default() };
         self.0.nodes.lock().insert(address.to_string(), attached.clone());
         let wanted = Arc::new(Mutex::new(Vec::new()));
@@ -95,7 +99,7 @@ impl Hub {
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
         });
-        (end, address)
+        end
     }
 
     fn unlink(&self, one: &str, other: &str) {

@@ -584,7 +584,7 @@ impl LogBook {
                 erased.bytes += row.body.len() as u64;
                 erased.append_keys += u64::from(row.append_key.is_some());
             }
-            image.erasures += u64::from(!entity.is_departed());
+            image.erasures += 1;
             staged.slots.insert(index, image);
             *done.lock() = StepDone { rows: erased, next };
         }
