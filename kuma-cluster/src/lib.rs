@@ -7,15 +7,18 @@
 //! - [`handoff`]: one slot, as one disk sees it: messages in, transactions and messages out. `integration-tests/handoff-model` runs this very code
 //!   against every order of losses, repetitions, delays and crashes, and again with each of its [`Safeguards`] off.
 //! - [`disks`]: which disks a node knows, and the barrier that a new one passes before it takes part.
+//! - [`erasure`]: one life of an entity, erased on every disk.
 //! - [`members`]: the nodes, their names and addresses, and slots that are pinned to one of them.
 //! - [`ring`]: where slots should be.
 
 pub mod disks;
+pub mod erasure;
 pub mod handoff;
 pub mod members;
 pub mod ring;
 
 pub use disks::{Disks, Join, JoinAnswer};
+pub use erasure::{Erasure, Tombstone, Tombstones};
 pub use handoff::{
     Content, Effect, Envelope, Handoff, Input, Message, Out, Phase, Plan, Safeguard, Safeguards, SlotRecord, Staged,
     Token, TransferId, Txn,
