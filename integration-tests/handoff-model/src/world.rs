@@ -1,6 +1,6 @@
 //! The world around the rules: nodes with disks, a network, clients, and what may go wrong.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, sync::Arc};
 
 use kuma_cluster::{
     Content, Disks, Effect, Envelope, Erasure, Handoff, Input, Join, JoinAnswer, Message, Phase, Plan, Safeguard,
@@ -210,7 +210,8 @@ impl Packet {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct World {
     pub(crate) nodes: Vec<Node>,
-    network: BTreeSet<Packet>,
+    /// Shared between states, as a packet does not change.
+    network: BTreeSet<Arc<Packet>>,
     // What no node knows.
     /// Commands that were acknowledged.
     acked: u8,
@@ -255,7 +256,7 @@ pub enum Action {
     /// The owner tells another one that it is.
     Tell(u8, u8),
     /// A packet arrives.
-    Deliver(Packet),
+    Deliver(Arc<Packet>),
     /// A node crashes; a transaction on its way was committed, or not.
     Crash(u8, bool),
     /// A node begins the erasure that waits, and crashes after so many of its writes.
@@ -263,7 +264,7 @@ pub enum Action {
     /// A node is told to shred, and crashes after so many writes.
     CrashInShred(erasure::Envelope, u8),
     /// A new disk is answered, and crashes after so many writes.
-    CrashInJoin(Packet, u8),
+    CrashInJoin(Arc<Packet>, u8),
     /// The owner asks for what it has not been answered of its erasure.
     Shred(u8),
     /// A backup of a node's disk is made.
@@ -377,6 +378,10 @@ impl World {
                     Token::None => false,
                 }
         })
+    }
+
+    fn put_in(&mut self, packet: Packet) {
+        self.network.insert(Arc::new(packet));
     }
 
     fn observe(&mut self, log: Log) {
@@ -522,13 +527,13 @@ impl Model {
             }
         }
         if world.crashes < self.crashes && !world.is_calm {
-            let shreds = world.network.iter().filter_map(|packet| match packet {
-                Packet::Erasure(envelope) if matches!(envelope.message, erasure::Message::Shred(_)) => Some(*envelope),
+            let shreds = world.network.iter().filter_map(|packet| match **packet {
+                Packet::Erasure(envelope) if matches!(envelope.message, erasure::Message::Shred(_)) => Some(envelope),
                 _ => None,
             });
             actions.extend(shreds.flat_map(|envelope| [0, 1].map(|writes| Action::CrashInShred(envelope, writes))));
             let answers =
-                world.network.iter().filter(|packet| matches!(packet, Packet::JoinAnswer { .. }) && self.erases);
+                world.network.iter().filter(|packet| matches!(***packet, Packet::JoinAnswer { .. }) && self.erases);
             actions.extend(answers.flat_map(|packet| [0, 1].map(|writes| Action::CrashInJoin(packet.clone(), writes))));
         }
         actions.extend(world.network.iter().cloned().map(Action::Deliver));
@@ -558,9 +563,9 @@ impl Model {
                 let Token::Owned(epoch) = world.nodes[usize::from(n)].slot.record.token else { return None };
                 let (from, to) = (world.nodes[usize::from(n)].own(), world.nodes[usize::from(to)].own());
                 let envelope = Envelope { from, to, message: Message::OwnerIs { epoch } };
-                world.network.insert(Packet::without_rows(envelope));
+                world.put_in(Packet::without_rows(envelope));
             }
-            Action::Deliver(packet) => self.deliver(world, packet)?,
+            Action::Deliver(packet) => self.deliver(world, &packet)?,
             Action::Crash(n, is_committed) => {
                 let node = &mut world.nodes[usize::from(n)];
                 if let Some(Pending { txn, .. }) = node.pending.take().filter(|_| is_committed) {
@@ -578,13 +583,13 @@ impl Model {
             }
             Action::CrashInShred(envelope, writes) => {
                 world.writes_left = Some(writes);
-                self.deliver(world, Packet::Erasure(envelope))?;
+                self.deliver(world, &Packet::Erasure(envelope))?;
                 self.crash(world, node_of(envelope.to) as u8);
             }
             Action::CrashInJoin(packet, writes) => {
                 let n = node_of(packet.to()) as u8;
                 world.writes_left = Some(writes);
-                self.deliver(world, packet)?;
+                self.deliver(world, &packet)?;
                 self.crash(world, n);
             }
             Action::Shred(n) => self.erase(world, n, erasure::Input::Remind),
@@ -601,7 +606,7 @@ impl Model {
                 let node = &world.nodes[usize::from(n)];
                 let (new, others) = (node.own(), node.disks.members().collect::<Vec<_>>());
                 for to in others.into_iter().filter(|to| *to != new) {
-                    world.network.insert(Packet::JoinRequest { new, to });
+                    world.put_in(Packet::JoinRequest { new, to });
                 }
             }
             Action::Mutate(n) => self.mutate(world, n)?,
@@ -694,7 +699,7 @@ impl Model {
             match effect {
                 erasure::Effect::Accept => {}
                 erasure::Effect::Send(envelope) => {
-                    world.network.insert(Packet::Erasure(*envelope));
+                    world.put_in(Packet::Erasure(*envelope));
                 }
                 erasure::Effect::Done => {
                     world.acked |= 1 << ERASE;
@@ -782,7 +787,7 @@ impl Model {
         }
         node.copied = log.len();
         let (from, has_key) = (node.own(), node.has_key);
-        world.network.insert(Packet::Chunk { transfer, from, to, log, has_key });
+        world.put_in(Packet::Chunk { transfer, from, to, log, has_key });
         Some(())
     }
 
@@ -799,7 +804,7 @@ impl Model {
         Some(())
     }
 
-    fn deliver(&self, world: &mut World, packet: Packet) -> Option<()> {
+    fn deliver(&self, world: &mut World, packet: &Packet) -> Option<()> {
         let to = packet.to();
         // Another disk is there by now, or none.
         let n = node_of(to) as u8;
@@ -807,7 +812,7 @@ impl Model {
         if node.own() != to || node.has_promised_too_early() {
             return None;
         }
-        match packet {
+        match *packet {
             Packet::Chunk { transfer, from, log, has_key, .. } => {
                 let has_key = has_key && node.tombstones.lets_in(LIFE.key_id, self.safeguards);
                 if !node.slot.accepts_rows(&node.disks, from, transfer, self.safeguards) {
@@ -870,11 +875,11 @@ impl Model {
                 node.disks.admit(new, None, self.safeguards);
                 replaced.into_iter().for_each(|old| node.disks.admit(new, Some(old), self.safeguards));
                 let (from, answer) = (node.own(), node.disks.answer(node.slot.record.floor, &node.tombstones));
-                world.network.insert(Packet::JoinAnswer { from, to: new, answer });
+                world.put_in(Packet::JoinAnswer { from, to: new, answer });
             }
-            Packet::JoinAnswer { from, answer, .. } => {
+            Packet::JoinAnswer { from, ref answer, .. } => {
                 let mut disks = node.disks.clone();
-                let writes = node.join.answered(&mut disks, &node.tombstones, from, &answer, self.safeguards);
+                let writes = node.join.answered(&mut disks, &node.tombstones, from, answer, self.safeguards);
                 let plan = erasure::Plan { writes, ..erasure::Plan::default() };
                 if !self.carry_out(world, n, &plan) {
                     return Some(());
@@ -951,10 +956,10 @@ impl Model {
             Message::Prepare { .. } => {
                 let (base, log) = (node.copied.min(node.log.len()), node.log);
                 let (has_key, is_finished) = (node.has_key, node.is_finished);
-                world.network.insert(Packet::Message { envelope, base, log, has_key, is_finished });
+                world.put_in(Packet::Message { envelope, base, log, has_key, is_finished });
             }
             _ => {
-                world.network.insert(Packet::without_rows(envelope));
+                world.put_in(Packet::without_rows(envelope));
             }
         }
     }
