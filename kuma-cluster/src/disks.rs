@@ -6,13 +6,17 @@
 //! Invariants:
 //! - A message counts between the very disks that it names, and never from one that is retired or removed.
 //! - Two disks that take part know each other: a new one takes part only after every member that is named in any answer has answered.
+//! - A new disk has destroyed the keys of all tombstones that it was told of before it takes part.
 
 use std::collections::BTreeSet;
 
 use kuma_core::{DiskId, Epoch};
 use serde::{Deserialize, Serialize};
 
-use crate::handoff::{Safeguard, Safeguards};
+use crate::{
+    erasure::{Tombstones, Write},
+    handoff::{Safeguard, Safeguards},
+};
 
 /// What a node knows of disks; durable.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -58,6 +62,11 @@ impl Disks {
         self.retired.iter().copied()
     }
 
+    /// Disks that somebody attested as destroyed.
+    pub fn removed(&self) -> impl Iterator<Item = DiskId> {
+        self.removed.iter().copied()
+    }
+
     /// Whether a disk is a member and neither replaced nor destroyed.
     pub fn is_there(&self, disk: DiskId) -> bool {
         self.members.contains(&disk) && !self.is_gone(disk)
@@ -92,9 +101,9 @@ impl Disks {
     }
 
     /// What a member tells a new disk.
-    pub fn answer(&self, floor: Epoch) -> JoinAnswer {
+    pub fn answer(&self, floor: Epoch, tombstones: &Tombstones) -> JoinAnswer {
         let Disks { members, retired, removed, .. } = self.clone();
-        JoinAnswer { floor, members, retired, removed }
+        JoinAnswer { floor, members, retired, removed, tombstones: tombstones.clone() }
     }
 }
 
@@ -109,6 +118,8 @@ pub struct JoinAnswer {
     pub retired: BTreeSet<DiskId>,
     /// Those that are destroyed.
     pub removed: BTreeSet<DiskId>,
+    /// Lives that are erased, of all slots.
+    pub tombstones: Tombstones,
 }
 
 /// A disk on its way to become a member; lost in a crash, and begun anew.
@@ -123,23 +134,35 @@ impl Join {
         self.answered.contains(&disk)
     }
 
-    /// Takes an answer. `disks` is to be durable, with the floor, before anything else is done; it takes part as soon as every member that was
-    /// named has answered.
-    pub fn answered(&mut self, disks: &mut Disks, from: DiskId, answer: &JoinAnswer, safeguards: Safeguards) {
+    /// Takes an answer. What it returns is to be durable first, and then `disks`, with the floor, before anything else is done; it takes part as
+    /// soon as every member that was named has answered.
+    #[must_use]
+    pub fn answered(
+        &mut self,
+        disks: &mut Disks,
+        tombstones: &Tombstones,
+        from: DiskId,
+        answer: &JoinAnswer,
+        safeguards: Safeguards,
+    ) -> Vec<Write> {
         if disks.is_active || !self.answered.insert(from) {
-            return;
+            return Vec::new();
         }
         let before = disks.clone();
         disks.merge(&answer.members, &answer.retired, &answer.removed);
         let asked = if safeguards.has(Safeguard::JoinClosure) { &*disks } else { &before };
         let is_done = asked.members().all(|disk| disk == disks.own || self.answered.contains(&disk));
         disks.is_active = is_done || !safeguards.has(Safeguard::JoinAll);
+        tombstones.joined(&answer.tombstones, disks.is_active, safeguards)
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use kuma_core::EntityHash;
+
     use super::*;
+    use crate::erasure::Tombstone;
 
     fn disk(n: u8) -> DiskId {
         DiskId([n; 16])
@@ -148,16 +171,33 @@ mod tests {
     #[test]
     fn a_new_disk_takes_part_when_everybody_who_was_named_has_answered() {
         let (mut first, mut second) = (Disks::founder(disk(1)), Disks::joiner(disk(2), [disk(1)]));
+        let none = Tombstones::default();
         first.admit(disk(2), None, Safeguards::ALL);
         first.admit(disk(3), None, Safeguards::ALL);
         let mut join = Join::default();
-        join.answered(&mut second, disk(1), &first.answer(Epoch::FIRST), Safeguards::ALL);
+        let mut hears = |second: &mut Disks, from, answer: JoinAnswer| {
+            let _ = join.answered(second, &none, from, &answer, Safeguards::ALL);
+        };
+        hears(&mut second, disk(1), first.answer(Epoch::FIRST, &none));
         assert!(!second.is_active() && second.is_there(disk(3)), "the third one has not answered");
-        join.answered(&mut second, disk(1), &first.answer(Epoch::FIRST), Safeguards::ALL);
+        hears(&mut second, disk(1), first.answer(Epoch::FIRST, &none));
         assert!(!second.is_active(), "an answer counts once");
         let third = Disks::joiner(disk(3), [disk(1)]);
-        join.answered(&mut second, disk(3), &third.answer(Epoch::FIRST), Safeguards::ALL);
+        hears(&mut second, disk(3), third.answer(Epoch::FIRST, &none));
         assert!(second.is_active());
+    }
+
+    #[test]
+    fn a_new_disk_has_destroyed_what_is_erased_before_it_takes_part() {
+        let (mut first, mut second) = (Disks::founder(disk(1)), Disks::joiner(disk(2), [disk(1)]));
+        first.admit(disk(2), None, Safeguards::ALL);
+        let tombstone = Tombstone { key_id: [7; 16], id_hash: EntityHash([8; 16]) };
+        let mut erased = Tombstones::default();
+        erased.committed(&Write::Entomb(tombstone));
+        let answer = first.answer(Epoch::FIRST, &erased);
+        let writes = Join::default().answered(&mut second, &Tombstones::default(), disk(1), &answer, Safeguards::ALL);
+        assert!(second.is_active());
+        assert_eq!(writes, [Write::Entomb(tombstone), Write::DestroyAll]);
     }
 
     #[test]

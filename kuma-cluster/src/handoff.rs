@@ -228,7 +228,7 @@ impl Handoff {
         }
     }
 
-    /// Whether rows of this attempt are taken (R1). What is staged is never changed.
+    /// Whether rows of this attempt are taken (R1). What is staged is never changed. Of keys, [`crate::Tombstones::lets_in`] is asked as well.
     pub fn accepts_rows(&self, disks: &Disks, from: DiskId, transfer: TransferId, safeguards: Safeguards) -> bool {
         let is_staged = self.record.staged.is_some_and(|staged| staged.transfer == transfer);
         let is_receiver = disks.is_active() && disks.is_there(from) && !matches!(self.record.token, Token::Owned(_));

@@ -7,11 +7,13 @@
 //! - [`handoff`]: one slot, as one disk sees it: messages in, transactions and messages out. `integration-tests/handoff-model` runs this very code
 //!   against every order of losses, repetitions, delays and crashes, and again with each of its [`Safeguards`] off.
 //! - [`disks`]: which disks a node knows, and the barrier that a new one passes before it takes part.
+//! - [`erasure`]: one life of an entity, erased on every disk.
 //! - [`members`]: the nodes, their names and addresses, and slots that are pinned to one of them.
 //! - [`ring`]: where slots should be.
 
 mod commands;
 pub mod disks;
+pub mod erasure;
 pub mod handle;
 pub mod handoff;
 pub mod members;
@@ -28,6 +30,7 @@ pub mod transport;
 pub mod wire;
 
 pub use disks::{Disks, Join, JoinAnswer};
+pub use erasure::{Erasure, Tombstone, Tombstones};
 pub use handle::{Append, Execute, Executed, Handle, RawHandle};
 pub use handoff::{
     Content, Effect, Envelope, Handoff, Input, Message, Out, Phase, Plan, Safeguard, Safeguards, SlotRecord, Staged,

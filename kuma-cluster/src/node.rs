@@ -25,6 +25,7 @@ use serde::{Serialize, de::DeserializeOwned};
 use crate::{
     commands::Commands,
     disks::Disks,
+    erasure::Tombstones,
     handle::{Handle, RawHandle},
     handoff::Safeguards,
     members::{Member, Members, NodeId, Standing},
@@ -764,7 +765,10 @@ async fn admit(shared: &Arc<Shared>, from: DiskId, request: JoinRequest) -> Join
                 state.members.announce(node, Member { standing: Standing::Joining, ..member })?;
             }
             state.disks.admit(from, replaces, Safeguards::ALL);
-            Ok::<_, crate::JoinRefused>((state.disks.answer(Epoch::NEVER), state.members.clone()))
+            Ok::<_, crate::JoinRefused>((
+                state.disks.answer(Epoch::NEVER, &Tombstones::default()),
+                state.members.clone(),
+            ))
         })
         .await;
     match admitted {

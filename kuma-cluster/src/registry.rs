@@ -17,6 +17,7 @@ use ractor::{Actor, ActorProcessingErr, ActorRef};
 
 use crate::{
     disks::Join,
+    erasure::Tombstones,
     handoff::Safeguards,
     members::{NodeId, Standing},
     shared::Shared,
@@ -144,7 +145,9 @@ impl RegistryState {
                     let kept = shared
                         .change(|state| {
                             state.members.merge(&members);
-                            join.answered(&mut state.disks, disk, &answer, Safeguards::ALL);
+                            // A node has no erasures of others to carry out yet: what is erased in a cluster is erased where it is.
+                            let _ =
+                                join.answered(&mut state.disks, &Tombstones::default(), disk, &answer, Safeguards::ALL);
                             if state.disks.is_active() {
                                 let node = state.node;
                                 state.members.set_standing(node, Standing::Member);

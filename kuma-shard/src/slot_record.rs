@@ -169,7 +169,7 @@ pub enum Txn {
         /// The attempt.
         transfer: TransferId,
     },
-    /// A prepared copy becomes the slot. With the tombstone of each entity that is erased in it.
+    /// A prepared copy becomes the slot. The tombstones of what is erased in it are here already: [`crate::Tombstones::of_copy`].
     Take {
         /// The attempt.
         transfer: TransferId,

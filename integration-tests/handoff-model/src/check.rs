@@ -1,11 +1,17 @@
 //! What must hold in every state, and how all of them are looked at.
 
-use std::time::{Duration, Instant};
+use std::{
+    collections::{HashSet, VecDeque},
+    time::{Duration, Instant},
+};
 
 use kuma_cluster::Token;
 use stateright::{Checker, Expectation, HasDiscoveries, Property};
 
-use crate::world::{Action, Model, World};
+use crate::{
+    live::hash,
+    world::{Action, Model, Node, World},
+};
 
 impl stateright::Model for Model {
     type State = World;
@@ -39,8 +45,13 @@ impl stateright::Model for Model {
                 let mut readers = world.nodes.iter().filter(|node| node.reads(model.safeguards));
                 world.is_lossy || readers.all(|node| world.is_whole(node.log()))
             }),
-            Property::sometimes("a handoff is completed", |_, world: &World| {
-                world.nodes.iter().any(|node| matches!(node.slot.record.token, Token::Released { is_taken: true, .. }))
+            Property::sometimes("a handoff is completed", |model: &Model, world: &World| {
+                let none_begins = model.transfers == 0;
+                none_begins
+                    || world
+                        .nodes
+                        .iter()
+                        .any(|node| matches!(node.slot.record.token, Token::Released { is_taken: true, .. }))
             }),
         ];
         if self.restores == 0 {
@@ -65,6 +76,18 @@ impl stateright::Model for Model {
                 Property::always("a grant meets what it grants", |_, world: &World| !world.is_alarmed),
             ]);
         }
+        if self.erases {
+            properties.extend([
+                Property::always("what is erased has a key nowhere", |_, world: &World| {
+                    let mut active = world.nodes.iter().filter(|node| node.is_active());
+                    !world.is_erasure_acked() || !active.any(|node| node.has_any_key())
+                }),
+                Property::always("what is not erased can be read", |_, world: &World| {
+                    world.is_lossy || world.authorities().all(Node::knows_the_entity)
+                }),
+                Property::sometimes("an erasure is done", |_, world: &World| world.is_erasure_acked()),
+            ]);
+        }
         if self.joiners > 0 {
             properties.push(Property::always("those that take part know each other", |_, world: &World| {
                 let active: Vec<_> = world.nodes.iter().filter(|node| node.is_active()).collect();
@@ -82,7 +105,7 @@ pub enum Verdict {
     Holds(usize),
     /// It held in so many states, and then the time was over.
     OutOfTime(usize),
-    /// It does not hold: what does not, in the fewest steps to there.
+    /// It does not hold: what does not, and in how many steps it came to be. Not the fewest: [`counterexample`].
     Broken(&'static str, usize),
     /// Nothing was broken, but what should be reached was not.
     Unreached(&'static str),
@@ -112,12 +135,41 @@ pub fn check(model: Model, time: Duration) -> Verdict {
     }
 }
 
-/// The shortest way to what does not hold, for people.
-pub fn counterexample(model: Model, time: Duration) -> Vec<Action> {
-    let checker = stateright::Model::checker(model).timeout(time);
-    let checker = checker.finish_when(HasDiscoveries::AnyFailures).spawn_bfs().join();
+/// What does not hold, and the shortest way to there; none if all holds. The checker looks at states a thousand at a time, and keeps the last way that
+/// it finds: so this looks at one after the other.
+pub fn counterexample(model: Model) -> Option<(&'static str, Vec<Action>)> {
     let properties = stateright::Model::properties(&model);
-    let always = properties.iter().filter(|property| matches!(property.expectation, Expectation::Always));
-    let paths = always.filter_map(|property| checker.discovery(property.name));
-    paths.map(stateright::Path::into_actions).min_by_key(Vec::len).unwrap_or_default()
+    let always: Vec<_> = properties.iter().filter(|p| matches!(p.expectation, Expectation::Always)).collect();
+    let broken = |world: &World| always.iter().find(|property| !(property.condition)(&model, world));
+    let mut known = HashSet::new();
+    // How each state was reached, as far as it has to be known.
+    let mut ways: Vec<(usize, Option<Action>)> = Vec::new();
+    let mut queue = VecDeque::new();
+    for world in stateright::Model::init_states(&model) {
+        known.insert(hash(&world));
+        queue.push_back((ways.len(), world));
+        ways.push((0, None));
+    }
+    let mut actions = Vec::new();
+    while let Some((number, world)) = queue.pop_front() {
+        if let Some(property) = broken(&world) {
+            let mut way = Vec::new();
+            let mut at = number;
+            while let (before, Some(action)) = &ways[at] {
+                way.push(action.clone());
+                at = *before;
+            }
+            way.reverse();
+            return Some((property.name, way));
+        }
+        stateright::Model::actions(&model, &world, &mut actions);
+        for action in actions.drain(..) {
+            let Some(next) = stateright::Model::next_state(&model, &world, action.clone()) else { continue };
+            if known.insert(hash(&next)) {
+                queue.push_back((ways.len(), next));
+                ways.push((number, Some(action)));
+            }
+        }
+    }
+    None
 }

@@ -40,7 +40,7 @@ pub fn live(model: Model, states_max: usize) -> Liveness {
     for world in model.init_states() {
         index.insert(hash(&world), reached.len() as u32);
         queue.push_back((reached.len() as u32, world.clone()));
-        reached.push(Reached { parent: None, is_judged: model.is_judged(&world), is_good: is_home(&world) });
+        reached.push(Reached { parent: None, is_judged: model.is_judged(&world), is_good: is_home(&model, &world) });
         before.push(Vec::new());
     }
     while let Some((number, world)) = queue.pop_front() {
@@ -55,7 +55,7 @@ pub fn live(model: Model, states_max: usize) -> Liveness {
                 None => {
                     let to = reached.len() as u32;
                     index.insert(key, to);
-                    let (is_judged, is_good) = (model.is_judged(&next), is_home(&next));
+                    let (is_judged, is_good) = (model.is_judged(&next), is_home(&model, &next));
                     reached.push(Reached { parent: Some((number, action)), is_judged, is_good });
                     before.push(Vec::new());
                     queue.push_back((to, next));
@@ -91,18 +91,19 @@ pub fn live(model: Model, states_max: usize) -> Liveness {
     }
 }
 
-fn hash(world: &World) -> u64 {
+pub(crate) fn hash(world: &World) -> u64 {
     let mut hasher = DefaultHasher::new();
     world.hash(&mut hasher);
     hasher.finish()
 }
 
 /// The last node owns the slot, and nothing is left to be done.
-fn is_home(world: &World) -> bool {
+fn is_home(model: &Model, world: &World) -> bool {
     let is_done = world.nodes.iter().all(|node| {
         let record = node.slot.record;
         let is_taken = !matches!(record.token, Token::Released { is_taken: false, .. });
         node.slot.out.is_none() && record.staged.is_none() && node.pending.is_none() && is_taken
     });
-    world.is_calm && is_done && world.nodes.last().is_some_and(|node| node.serves())
+    let is_erased = world.is_erasure_acked() || !model.erases;
+    world.is_calm && is_done && is_erased && world.nodes.last().is_some_and(|node| node.serves())
 }

@@ -1,12 +1,13 @@
 //! The world around the rules: nodes with disks, a network, clients, and what may go wrong.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, sync::Arc};
 
 use kuma_cluster::{
-    Content, Disks, Effect, Envelope, Handoff, Input, Join, JoinAnswer, Message, Phase, Plan, Safeguard, Safeguards,
-    SlotRecord, Staged, Token, TransferId, Txn,
+    Content, Disks, Effect, Envelope, Erasure, Handoff, Input, Join, JoinAnswer, Message, Phase, Plan, Safeguard,
+    Safeguards, SlotRecord, Staged, Token, Tombstone, Tombstones, TransferId, Txn,
+    erasure::{self, Write},
 };
-use kuma_core::{DiskId, Epoch};
+use kuma_core::{DiskId, EntityHash, Epoch};
 
 use crate::log::Log;
 
@@ -33,6 +34,8 @@ pub struct Model {
     pub copies: bool,
     /// The owner tells others that it is.
     pub hints: bool,
+    /// A client asks for the erasure of the only entity.
+    pub erases: bool,
     /// At any moment nothing goes wrong any more, and everybody wants the slot to be at the last node.
     pub calms_down: bool,
     /// What the rules have to do without.
@@ -78,6 +81,16 @@ pub enum Mutant {
     SameDisk,
     /// A receiver never asks what became of what it has prepared.
     NeverAsks,
+    /// An erasure that a crash has interrupted is left as it is.
+    ErasureLeft,
+    /// An owner that finds an erasure in its copy goes on with it, and does not keep the tombstone.
+    FoundNotEntombed,
+    /// The seal does not wait for an erasure that has begun.
+    SealIgnoresErasure,
+    /// A new disk takes over the tombstones, and keeps the keys.
+    JoinKeepsKeys,
+    /// The answer of a disk that was replaced counts as that of the one in its place.
+    AnswerOfTheNode,
 }
 
 /// A disk and what runs on it.
@@ -90,8 +103,15 @@ pub struct Node {
     /// Idempotency keys that are looked up.
     keys: u8,
     staged_log: Log,
-    /// Rows of an attempt that came ahead.
-    chunks: Option<(TransferId, Log)>,
+    /// Rows of an attempt that came ahead, and whether the entity's key is with them.
+    chunks: Option<(TransferId, Log, bool)>,
+    tombstones: Tombstones,
+    /// Whether the entity's key is in the slot, or in what was given away of it.
+    has_key: bool,
+    staged_has_key: bool,
+    /// Whether the erasure is known to be finished: a mark beside the rows, which moves with them.
+    is_finished: bool,
+    staged_is_finished: bool,
     // Durable in part.
     pub(crate) slot: Handoff,
     // Not durable.
@@ -99,6 +119,7 @@ pub struct Node {
     pub(crate) pending: Option<Pending>,
     copied: u8,
     join: Join,
+    erasure: Option<Erasure>,
     /// A copy of the durable part, to restore from.
     backup: Option<Box<Backup>>,
 }
@@ -117,6 +138,9 @@ struct Backup {
     log: Log,
     keys: u8,
     staged_log: Log,
+    tombstones: Tombstones,
+    has_key: bool,
+    is_finished: bool,
 }
 
 /// What is in the network.
@@ -132,6 +156,8 @@ pub enum Packet {
         to: DiskId,
         /// All rows up to here.
         log: Log,
+        /// And the entity's key.
+        has_key: bool,
     },
     /// A message, with the rows behind `base` if it is a preparation.
     Message {
@@ -141,7 +167,13 @@ pub enum Packet {
         base: u8,
         /// The whole log.
         log: Log,
+        /// And the entity's key.
+        has_key: bool,
+        /// And the mark that its erasure is finished.
+        is_finished: bool,
     },
+    /// A message of an erasure.
+    Erasure(erasure::Envelope),
     /// A disk asks to join.
     JoinRequest {
         /// The new disk.
@@ -161,10 +193,15 @@ pub enum Packet {
 }
 
 impl Packet {
+    fn without_rows(envelope: Envelope) -> Self {
+        Packet::Message { envelope, base: 0, log: Log::default(), has_key: false, is_finished: false }
+    }
+
     fn to(&self) -> DiskId {
         match self {
             Packet::Chunk { to, .. } | Packet::JoinRequest { to, .. } | Packet::JoinAnswer { to, .. } => *to,
             Packet::Message { envelope, .. } => envelope.to,
+            Packet::Erasure(envelope) => envelope.to,
         }
     }
 }
@@ -173,7 +210,8 @@ impl Packet {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct World {
     pub(crate) nodes: Vec<Node>,
-    network: BTreeSet<Packet>,
+    /// Shared between states, as a packet does not change.
+    network: BTreeSet<Arc<Packet>>,
     // What no node knows.
     /// Commands that were acknowledged.
     acked: u8,
@@ -190,6 +228,8 @@ pub struct World {
     restores: u8,
     /// Nothing goes wrong any more.
     pub(crate) is_calm: bool,
+    /// So many writes of an erasure until a crash; of the step that is being made only.
+    writes_left: Option<u8>,
 }
 
 /// What can happen.
@@ -216,9 +256,17 @@ pub enum Action {
     /// The owner tells another one that it is.
     Tell(u8, u8),
     /// A packet arrives.
-    Deliver(Packet),
+    Deliver(Arc<Packet>),
     /// A node crashes; a transaction on its way was committed, or not.
     Crash(u8, bool),
+    /// A node begins the erasure that waits, and crashes after so many of its writes.
+    CrashInErasure(u8, u8),
+    /// A node is told to shred, and crashes after so many writes.
+    CrashInShred(erasure::Envelope, u8),
+    /// A new disk is answered, and crashes after so many writes.
+    CrashInJoin(Arc<Packet>, u8),
+    /// The owner asks for what it has not been answered of its erasure.
+    Shred(u8),
     /// A backup of a node's disk is made.
     Back(u8),
     /// The disk is replaced by its backup, or by an empty one.
@@ -247,6 +295,12 @@ fn transfer(number: u8) -> TransferId {
     TransferId(id)
 }
 
+/// The command that erases the entity.
+const ERASE: u8 = 7;
+
+/// The only life.
+const LIFE: Tombstone = Tombstone { key_id: [1; 16], id_hash: EntityHash([1; 16]) };
+
 impl Node {
     fn own(&self) -> DiskId {
         self.disks.own()
@@ -272,6 +326,21 @@ impl Node {
         self.staged_log
     }
 
+    /// Whether the entity's key is anywhere on its disk.
+    pub(crate) fn has_any_key(&self) -> bool {
+        self.has_key || self.staged_has_key || self.chunks.is_some_and(|(_, _, has_key)| has_key)
+    }
+
+    /// Whether its rows say that the entity is erased.
+    fn is_erased(&self) -> bool {
+        self.log.has(ERASE)
+    }
+
+    /// Whether the entity can be read, or it is known why not.
+    pub(crate) fn knows_the_entity(&self) -> bool {
+        self.has_key || self.is_erased() || self.erasure.is_some()
+    }
+
     /// Whether it counts the other one among those that take part.
     pub(crate) fn knows(&self, other: &Node) -> bool {
         self.disks.is_there(other.own())
@@ -292,6 +361,11 @@ impl World {
         self.nodes.get(node_of(disk)).filter(|node| node.own() == disk)
     }
 
+    /// Whether the erasure was said to be done.
+    pub(crate) fn is_erasure_acked(&self) -> bool {
+        self.acked >> ERASE & 1 == 1
+    }
+
     /// Who has the say: the owner, or the giver whose grant was not taken.
     pub(crate) fn authorities(&self) -> impl Iterator<Item = &Node> {
         self.nodes.iter().filter(|node| {
@@ -304,6 +378,10 @@ impl World {
                     Token::None => false,
                 }
         })
+    }
+
+    fn put_in(&mut self, packet: Packet) {
+        self.network.insert(Arc::new(packet));
     }
 
     fn observe(&mut self, log: Log) {
@@ -327,6 +405,7 @@ impl Model {
         is_wiped: false,
         copies: false,
         hints: false,
+        erases: false,
         calms_down: false,
         safeguards: Safeguards::ALL,
         mutant: Mutant::None,
@@ -352,11 +431,17 @@ impl Model {
                 keys: 0,
                 staged_log: Log::default(),
                 chunks: None,
+                tombstones: Tombstones::default(),
+                has_key: self.erases && n == 0,
+                staged_has_key: false,
+                is_finished: false,
+                staged_is_finished: false,
                 slot: Handoff::boot(record),
                 queue: Log::default(),
                 pending: None,
                 copied: 0,
                 join: Join::default(),
+                erasure: None,
                 backup: None,
             }
         };
@@ -373,13 +458,15 @@ impl Model {
             crashes: 0,
             restores: 0,
             is_calm: false,
+            writes_left: None,
         }
     }
 
-    /// Whether the goal must be reachable from it: not where all attempts and epochs that are looked at are used up.
+    /// Whether the goal must be reachable from it: not where all attempts and epochs that are looked at are used up, nor where the disk is gone that
+    /// has the say.
     pub(crate) fn is_judged(&self, world: &World) -> bool {
         let is_used_up = |node: &Node| node.slot.record.floor.counter >= self.epochs + 2;
-        world.is_calm && world.attempts <= self.transfers + 1 && !world.nodes.iter().any(is_used_up)
+        world.is_calm && !world.is_lossy && world.attempts <= self.transfers + 1 && !world.nodes.iter().any(is_used_up)
     }
 
     pub(crate) fn possible(&self, world: &World, actions: &mut Vec<Action>) {
@@ -391,7 +478,9 @@ impl Model {
             if !node.is_active() {
                 actions.push(Action::Join(n));
             } else {
-                actions.extend((1..=self.commands).map(|command| Action::Request(n, command)));
+                let erase = self.erases.then_some(ERASE);
+                actions.extend((1..=self.commands).chain(erase).map(|command| Action::Request(n, command)));
+                actions.extend(node.erasure.is_some().then_some(Action::Shred(n)));
                 if !node.queue.is_empty() {
                     actions.push(Action::Commit(n));
                     actions.extend((self.copies && self.crashes > 0).then_some(Action::Fail(n)));
@@ -426,6 +515,9 @@ impl Model {
             if world.crashes < self.crashes && !world.is_calm {
                 actions.push(Action::Crash(n, false));
                 actions.extend(node.pending.is_some().then_some(Action::Crash(n, true)));
+                if node.queue.has(ERASE) {
+                    actions.extend([1, 2].map(|writes| Action::CrashInErasure(n, writes)));
+                }
             }
             if world.restores < self.restores && !world.is_calm {
                 match self.is_wiped || node.backup.is_some() {
@@ -433,6 +525,16 @@ impl Model {
                     false => actions.extend(node.is_active().then_some(Action::Back(n))),
                 }
             }
+        }
+        if world.crashes < self.crashes && !world.is_calm {
+            let shreds = world.network.iter().filter_map(|packet| match **packet {
+                Packet::Erasure(envelope) if matches!(envelope.message, erasure::Message::Shred(_)) => Some(envelope),
+                _ => None,
+            });
+            actions.extend(shreds.flat_map(|envelope| [0, 1].map(|writes| Action::CrashInShred(envelope, writes))));
+            let answers =
+                world.network.iter().filter(|packet| matches!(***packet, Packet::JoinAnswer { .. }) && self.erases);
+            actions.extend(answers.flat_map(|packet| [0, 1].map(|writes| Action::CrashInJoin(packet.clone(), writes))));
         }
         actions.extend(world.network.iter().cloned().map(Action::Deliver));
     }
@@ -461,9 +563,9 @@ impl Model {
                 let Token::Owned(epoch) = world.nodes[usize::from(n)].slot.record.token else { return None };
                 let (from, to) = (world.nodes[usize::from(n)].own(), world.nodes[usize::from(to)].own());
                 let envelope = Envelope { from, to, message: Message::OwnerIs { epoch } };
-                world.network.insert(Packet::Message { envelope, base: 0, log: Log::default() });
+                world.put_in(Packet::without_rows(envelope));
             }
-            Action::Deliver(packet) => self.deliver(world, packet)?,
+            Action::Deliver(packet) => self.deliver(world, &packet)?,
             Action::Crash(n, is_committed) => {
                 let node = &mut world.nodes[usize::from(n)];
                 if let Some(Pending { txn, .. }) = node.pending.take().filter(|_| is_committed) {
@@ -472,20 +574,39 @@ impl Model {
                     }
                     self.write(world, n, &txn);
                 }
-                self.forget(&mut world.nodes[usize::from(n)]);
-                world.crashes += 1;
+                self.crash(world, n);
             }
+            Action::CrashInErasure(n, writes) => {
+                world.writes_left = Some(writes);
+                self.commit(world, n);
+                self.crash(world, n);
+            }
+            Action::CrashInShred(envelope, writes) => {
+                world.writes_left = Some(writes);
+                self.deliver(world, &Packet::Erasure(envelope))?;
+                self.crash(world, node_of(envelope.to) as u8);
+            }
+            Action::CrashInJoin(packet, writes) => {
+                let n = node_of(packet.to()) as u8;
+                world.writes_left = Some(writes);
+                self.deliver(world, &packet)?;
+                self.crash(world, n);
+            }
+            Action::Shred(n) => self.erase(world, n, erasure::Input::Remind),
             Action::Back(n) => {
                 let node = &mut world.nodes[usize::from(n)];
                 let (disks, record, log, keys) = (node.disks.clone(), node.slot.record, node.log, node.keys);
-                node.backup = Some(Box::new(Backup { disks, record, log, keys, staged_log: node.staged_log }));
+                let (staged_log, tombstones) = (node.staged_log, node.tombstones.clone());
+                let (has_key, is_finished) = (node.has_key, node.is_finished);
+                let backup = Backup { disks, record, log, keys, staged_log, tombstones, has_key, is_finished };
+                node.backup = Some(Box::new(backup));
             }
             Action::Restore(n) => self.restore(world, n),
             Action::Join(n) => {
                 let node = &world.nodes[usize::from(n)];
                 let (new, others) = (node.own(), node.disks.members().collect::<Vec<_>>());
                 for to in others.into_iter().filter(|to| *to != new) {
-                    world.network.insert(Packet::JoinRequest { new, to });
+                    world.put_in(Packet::JoinRequest { new, to });
                 }
             }
             Action::Mutate(n) => self.mutate(world, n)?,
@@ -502,7 +623,10 @@ impl Model {
         if !node.slot.may_write() || node.has_promised_too_early() {
             return None;
         }
-        if node.keys >> command & 1 == 1 {
+        if node.keys >> command & 1 == 1 && command == ERASE {
+            // It is answered when it is done.
+            return None;
+        } else if node.keys >> command & 1 == 1 {
             // The answer of then is given again.
             let log = node.log;
             world.acked |= 1 << command;
@@ -518,15 +642,121 @@ impl Model {
         let queue = std::mem::take(&mut node.queue);
         let asks = !matches!(self.mutant, Mutant::NoTokenInAppend | Mutant::NoDrainNoTokenInAppend);
         if matches!(node.slot.record.token, Token::Owned(_)) || !asks {
-            for command in queue.commands() {
+            for command in queue.commands().filter(|command| *command != ERASE) {
                 node.log.push(command);
                 node.keys |= 1 << command;
             }
             node.slot.record.content = node.log.content();
             let log = node.log;
-            world.acked |= queue.set();
+            world.acked |= queue.set() & !(1 << ERASE);
             world.observe(log);
+            if queue.has(ERASE) {
+                self.begin_erasure(world, n);
+            }
         }
+    }
+
+    fn begin_erasure(&self, world: &mut World, n: u8) {
+        world.nodes[usize::from(n)].erasure = Some(Erasure::new(LIFE));
+        if self.mutant == Mutant::SealIgnoresErasure {
+            // The rows come later.
+            world.writes_left = Some(2);
+        }
+        self.erase(world, n, erasure::Input::Begin);
+        if world.writes_left.take().is_none() {
+            self.erase(world, n, erasure::Input::Begun);
+        }
+    }
+
+    /// Puts an input into the erasure that a node works at, and does what follows.
+    fn erase(&self, world: &mut World, n: u8, input: erasure::Input) {
+        let node = &mut world.nodes[usize::from(n)];
+        let Some(erasure) = &mut node.erasure else { return };
+        let mut plan = erasure.step(&node.slot, &node.disks, input, self.safeguards);
+        if self.mutant == Mutant::FoundNotEntombed && node.is_erased() {
+            plan.writes.retain(|write| !matches!(write, Write::Entomb(_)));
+        }
+        self.carry_out(world, n, &plan);
+    }
+
+    /// Whether all of it was done.
+    fn carry_out(&self, world: &mut World, n: u8, plan: &erasure::Plan) -> bool {
+        self.tell(world, n, &plan.now);
+        for write in &plan.writes {
+            match &mut world.writes_left {
+                Some(0) => return false,
+                Some(left) => *left -= 1,
+                None => {}
+            }
+            self.write_erasure(world, n, write);
+        }
+        self.tell(world, n, &plan.on_commit);
+        true
+    }
+
+    fn tell(&self, world: &mut World, n: u8, effects: &[erasure::Effect]) {
+        for effect in effects {
+            match effect {
+                erasure::Effect::Accept => {}
+                erasure::Effect::Send(envelope) => {
+                    world.put_in(Packet::Erasure(*envelope));
+                }
+                erasure::Effect::Done => {
+                    world.acked |= 1 << ERASE;
+                    world.nodes[usize::from(n)].erasure = None;
+                }
+            }
+        }
+    }
+
+    fn write_erasure(&self, world: &mut World, n: u8, write: &Write) {
+        let node = &mut world.nodes[usize::from(n)];
+        match *write {
+            Write::Entomb(_) => node.tombstones.committed(write),
+            Write::Destroy { key_id, in_released, in_staged } if key_id == LIFE.key_id => {
+                let is_released = matches!(node.slot.record.token, Token::Released { .. });
+                node.has_key &= is_released && !in_released;
+                if in_staged {
+                    self.destroy_arriving(node);
+                }
+            }
+            Write::DestroyAll if node.tombstones.has(LIFE.key_id) && self.mutant != Mutant::JoinKeepsKeys => {
+                node.has_key = false;
+                self.destroy_arriving(node);
+            }
+            Write::Stub { epoch, .. } if node.slot.record.token == Token::Owned(epoch) && !node.is_erased() => {
+                node.log.push(ERASE);
+                node.keys |= 1 << ERASE;
+                node.slot.record.content = node.log.content();
+                let log = node.log;
+                world.observe(log);
+            }
+            Write::Finish { .. } => node.is_finished = true,
+            Write::Destroy { .. } | Write::DestroyAll | Write::Stub { .. } => {}
+        }
+    }
+
+    fn destroy_arriving(&self, node: &mut Node) {
+        node.staged_has_key = false;
+        if let Some((_, _, has_key)) = &mut node.chunks {
+            *has_key = false;
+        }
+    }
+
+    /// Whoever serves a slot goes on with the erasures that it finds.
+    fn serve(&self, world: &mut World, n: u8) {
+        let node = &world.nodes[usize::from(n)];
+        let calls = node.tombstones.calls_for(LIFE, node.is_erased(), node.is_finished);
+        if self.erases && node.serves() && calls && self.mutant != Mutant::ErasureLeft {
+            self.begin_erasure(world, n);
+        }
+    }
+
+    fn crash(&self, world: &mut World, n: u8) {
+        world.writes_left = None;
+        self.forget(&mut world.nodes[usize::from(n)]);
+        self.serve(world, n);
+        world.crashes += 1;
     }
 
     /// Begins an attempt if there is none, and says which one it is.
@@ -556,8 +786,8 @@ impl Model {
             return None;
         }
         node.copied = log.len();
-        let from = node.own();
-        world.network.insert(Packet::Chunk { transfer, from, to, log });
+        let (from, has_key) = (node.own(), node.has_key);
+        world.put_in(Packet::Chunk { transfer, from, to, log, has_key });
         Some(())
     }
 
@@ -574,7 +804,7 @@ impl Model {
         Some(())
     }
 
-    fn deliver(&self, world: &mut World, packet: Packet) -> Option<()> {
+    fn deliver(&self, world: &mut World, packet: &Packet) -> Option<()> {
         let to = packet.to();
         // Another disk is there by now, or none.
         let n = node_of(to) as u8;
@@ -582,8 +812,9 @@ impl Model {
         if node.own() != to || node.has_promised_too_early() {
             return None;
         }
-        match packet {
-            Packet::Chunk { transfer, from, log, .. } => {
+        match *packet {
+            Packet::Chunk { transfer, from, log, has_key, .. } => {
+                let has_key = has_key && node.tombstones.lets_in(LIFE.key_id, self.safeguards);
                 if !node.slot.accepts_rows(&node.disks, from, transfer, self.safeguards) {
                     return None;
                 }
@@ -593,15 +824,20 @@ impl Model {
                     return Some(());
                 }
                 match node.chunks {
-                    Some((other, _)) if other > transfer => return None,
-                    Some((other, had)) if other == transfer && had.len() >= log.len() => return None,
-                    _ => node.chunks = Some((transfer, log)),
+                    Some((other, _, _)) if other > transfer => return None,
+                    Some((other, had, _)) if other == transfer && had.len() >= log.len() => return None,
+                    Some((other, _, had)) if other == transfer => node.chunks = Some((transfer, log, had || has_key)),
+                    _ => node.chunks = Some((transfer, log, has_key)),
                 }
             }
-            Packet::Message { envelope, base, log } => {
+            Packet::Message { envelope, base, log, has_key, is_finished } => {
                 let found = match envelope.message {
                     Message::Prepare { transfer, .. } => self.install(node, transfer, base, log),
                     _ => None,
+                };
+                let came_ahead = match (envelope.message, node.chunks) {
+                    (Message::Prepare { transfer, .. }, Some((other, _, has_key))) => transfer == other && has_key,
+                    _ => false,
                 };
                 let (before, copy) = (node.slot.record.staged, found);
                 self.put(world, n, Input::Message { envelope, found: copy.map(Log::content) });
@@ -610,22 +846,49 @@ impl Model {
                 if let (Some(staged), Some(copy)) = (pending_stage(node), copy)
                     && Some(staged) != before
                 {
+                    let erased = copy.has(ERASE).then_some(LIFE);
+                    for write in node.tombstones.of_copy(erased, self.safeguards) {
+                        node.tombstones.committed(&write);
+                    }
                     node.staged_log = copy;
+                    let is_let_in = node.tombstones.lets_in(LIFE.key_id, self.safeguards);
+                    node.staged_has_key = is_let_in && (has_key || came_ahead);
+                    node.staged_is_finished = is_finished;
                     node.chunks = None;
                 }
             }
+            Packet::Erasure(envelope) => match envelope.message {
+                erasure::Message::Shred(_) => {
+                    let plan = node.tombstones.shred(&node.disks, envelope, self.safeguards);
+                    self.carry_out(world, n, &plan);
+                }
+                erasure::Message::Shredded(_) => {
+                    let from = match self.mutant {
+                        Mutant::AnswerOfTheNode => world.nodes[node_of(envelope.from)].own(),
+                        _ => envelope.from,
+                    };
+                    self.erase(world, n, erasure::Input::Message(erasure::Envelope { from, ..envelope }));
+                }
+            },
             Packet::JoinRequest { new, .. } => {
                 let replaced = (0..new.0[1]).map(|generation| disk(new.0[0], generation)).collect::<Vec<_>>();
                 node.disks.admit(new, None, self.safeguards);
                 replaced.into_iter().for_each(|old| node.disks.admit(new, Some(old), self.safeguards));
-                let (from, answer) = (node.own(), node.disks.answer(node.slot.record.floor));
-                world.network.insert(Packet::JoinAnswer { from, to: new, answer });
+                let (from, answer) = (node.own(), node.disks.answer(node.slot.record.floor, &node.tombstones));
+                world.put_in(Packet::JoinAnswer { from, to: new, answer });
             }
-            Packet::JoinAnswer { from, answer, .. } => {
+            Packet::JoinAnswer { from, ref answer, .. } => {
+                let mut disks = node.disks.clone();
+                let writes = node.join.answered(&mut disks, &node.tombstones, from, answer, self.safeguards);
+                let plan = erasure::Plan { writes, ..erasure::Plan::default() };
+                if !self.carry_out(world, n, &plan) {
+                    return Some(());
+                }
+                let node = &mut world.nodes[usize::from(n)];
                 if self.safeguards.has(Safeguard::JoinFloors) && !node.disks.is_active() {
                     node.slot.record.floor = node.slot.record.floor.max(answer.floor);
                 }
-                node.join.answered(&mut node.disks, from, &answer, self.safeguards);
+                node.disks = disks;
             }
         }
         Some(())
@@ -633,7 +896,7 @@ impl Model {
 
     /// The rows that came with a preparation, behind those that came ahead: the whole copy, if there is one.
     fn install(&self, node: &Node, transfer: TransferId, base: u8, log: Log) -> Option<Log> {
-        let ahead = node.chunks.filter(|(other, _)| *other == transfer).map(|(_, log)| log).unwrap_or_default();
+        let ahead = node.chunks.filter(|(other, ..)| *other == transfer).map(|(_, log, _)| log).unwrap_or_default();
         let mut copy = ahead.first(base);
         if copy.len() < base {
             return None;
@@ -672,12 +935,8 @@ impl Model {
                 Effect::Send(envelope) => self.send(world, n, envelope),
                 Effect::Alarm(_) => world.is_alarmed = true,
                 // Requests and copies are actions of their own here.
-                Effect::Copy(..)
-                | Effect::Park
-                | Effect::Unpark
-                | Effect::Forward(_)
-                | Effect::StopReads
-                | Effect::Serve => {}
+                Effect::Copy(..) | Effect::Park | Effect::Unpark | Effect::Forward(_) | Effect::StopReads => {}
+                Effect::Serve => self.serve(world, n),
             }
         }
     }
@@ -695,11 +954,12 @@ impl Model {
             // The giver may prepare again with everything at any time.
             Message::NeedRows { .. } => {}
             Message::Prepare { .. } => {
-                let packet = Packet::Message { envelope, base: node.copied.min(node.log.len()), log: node.log };
-                world.network.insert(packet);
+                let (base, log) = (node.copied.min(node.log.len()), node.log);
+                let (has_key, is_finished) = (node.has_key, node.is_finished);
+                world.put_in(Packet::Message { envelope, base, log, has_key, is_finished });
             }
             _ => {
-                world.network.insert(Packet::Message { envelope, base: 0, log: Log::default() });
+                world.put_in(Packet::without_rows(envelope));
             }
         }
     }
@@ -711,18 +971,31 @@ impl Model {
         match *txn {
             Txn::Take { transfer, .. } => {
                 node.log = std::mem::take(&mut node.staged_log);
+                node.has_key = std::mem::take(&mut node.staged_has_key);
+                node.is_finished = std::mem::take(&mut node.staged_is_finished);
                 node.keys = if self.mutant == Mutant::KeysNotMoved { 0 } else { node.log.set() };
                 (node.chunks, node.queue) = (None, Log::default());
                 world.taken |= 1 << transfer.0[0];
             }
-            Txn::ConfirmTaken { .. } => (node.log, node.keys) = (Log::default(), 0),
-            Txn::Release { .. } if self.mutant == Mutant::RowsDeletedAtRelease => {
+            Txn::ConfirmTaken { .. } => {
                 (node.log, node.keys) = (Log::default(), 0);
-                node.slot.record.content = Content::default();
+                (node.has_key, node.is_finished) = (false, false);
             }
-            Txn::DropStaged { .. } => node.staged_log = Log::default(),
-            Txn::Release { .. } | Txn::Raise { .. } | Txn::Stage(_) => {}
+            Txn::Release { .. } => {
+                node.erasure = None;
+                if self.mutant == Mutant::RowsDeletedAtRelease {
+                    (node.log, node.keys) = (Log::default(), 0);
+                    node.slot.record.content = Content::default();
+                }
+            }
+            Txn::DropStaged { .. } => self.drop_staged(node),
+            Txn::Raise { .. } | Txn::Stage(_) => {}
         }
+    }
+
+    fn drop_staged(&self, node: &mut Node) {
+        node.staged_log = Log::default();
+        (node.staged_has_key, node.staged_is_finished) = (false, false);
     }
 
     fn committed(&self, world: &mut World, n: u8) -> Option<()> {
@@ -746,11 +1019,12 @@ impl Model {
     fn forget(&self, node: &mut Node) {
         node.slot = Handoff::boot(node.slot.record);
         (node.queue, node.pending, node.copied, node.join) = (Log::default(), None, 0, Join::default());
+        node.erasure = None;
         if self.mutant == Mutant::KeysInMemory {
             node.keys = 0;
         }
         if node.slot.record.staged.is_none() {
-            node.staged_log = Log::default();
+            self.drop_staged(node);
         }
     }
 
@@ -772,6 +1046,8 @@ impl Model {
         match node.backup.take() {
             Some(backup) if !self.is_wiped => {
                 (node.log, node.keys, node.staged_log) = (backup.log, backup.keys, backup.staged_log);
+                node.tombstones = backup.tombstones;
+                (node.has_key, node.is_finished) = (backup.has_key, backup.is_finished);
                 node.slot.record = match self.mutant {
                     // It has forgotten what it promised since.
                     Mutant::SameDisk => {
@@ -784,6 +1060,8 @@ impl Model {
             }
             _ => {
                 (node.log, node.keys, node.staged_log) = (Log::default(), 0, Log::default());
+                node.tombstones = Tombstones::default();
+                (node.has_key, node.is_finished) = (false, false);
                 node.slot.record = SlotRecord::NONE;
                 if is_same {
                     disks = node.disks.clone();
@@ -798,6 +1076,7 @@ impl Model {
 
     fn mutate(&self, world: &mut World, n: u8) -> Option<()> {
         let node = &mut world.nodes[usize::from(n)];
+        let is_begun = node.erasure.is_some() && !node.is_erased();
         let record = &mut node.slot.record;
         match (self.mutant, record.token) {
             (Mutant::ServesAfterRelease, Token::Released { epoch, is_taken: false, .. }) => {
@@ -813,6 +1092,10 @@ impl Model {
             (Mutant::GrantPresumed, _) => {
                 let Staged { transfer, epoch, .. } = record.staged?;
                 self.write(world, n, &Txn::Take { transfer, epoch });
+            }
+            (Mutant::SealIgnoresErasure, Token::Owned(epoch)) if is_begun => {
+                self.write_erasure(world, n, &Write::Stub { tombstone: LIFE, epoch });
+                self.erase(world, n, erasure::Input::Begun);
             }
             _ => return None,
         }

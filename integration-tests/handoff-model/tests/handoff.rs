@@ -1,35 +1,11 @@
 //! The rules of the handoff hold in every order of events, and each of them is needed.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
-use std::time::Duration;
+mod common;
 
-use handoff_model::{Liveness, Model, Mutant, Verdict, check, counterexample, live};
+use common::{breaks, holds, lives, sticks, without};
+use handoff_model::{Model, Mutant};
 use kuma_cluster::{Safeguard, Safeguards};
-
-/// Longer than any of them takes.
-const LONG: Duration = Duration::from_secs(600);
-
-#[track_caller]
-fn holds(name: &str, model: Model) {
-    let begin = std::time::Instant::now();
-    match check(model, LONG) {
-        Verdict::Holds(states) => println!("{name}: holds in {states} states, {:?}", begin.elapsed()),
-        Verdict::Broken(what, steps) => {
-            panic!("{name}: not so after {steps} steps: {what}\n{:#?}", counterexample(model, LONG))
-        }
-        other => panic!("{name}: {other:?}"),
-    }
-}
-
-/// Something breaks without it.
-#[track_caller]
-fn breaks(name: &str, model: Model) {
-    let begin = std::time::Instant::now();
-    match check(model, LONG) {
-        Verdict::Broken(what, steps) => println!("{name}: after {steps} steps not \"{what}\", {:?}", begin.elapsed()),
-        other => panic!("{name}: nothing breaks, {other:?}"),
-    }
-}
 
 const SMALL: Model = Model { epochs: 2, transfers: 2, ..Model::THREE };
 const COPIES: Model = Model { copies: true, ..SMALL };
@@ -37,10 +13,6 @@ const HINTS: Model = Model { hints: true, ..Model::THREE };
 const JOIN: Model = Model { commands: 0, crashes: 0, joiners: 2, epochs: 2, transfers: 1, ..Model::THREE };
 const RESTORE: Model = Model { commands: 0, crashes: 0, restores: 1, epochs: 2, transfers: 2, ..Model::THREE };
 const WIPE: Model = Model { is_wiped: true, ..RESTORE };
-
-fn without(model: Model, safeguard: Safeguard) -> Model {
-    Model { safeguards: Safeguards::ALL.without(safeguard), ..model }
-}
 
 #[test]
 fn one_disk_owns_the_slot_and_nothing_is_lost_or_done_twice() {
@@ -67,22 +39,13 @@ fn it_holds_with_new_restored_and_wiped_disks() {
 
 #[test]
 fn nothing_gets_stuck_that_nobody_heals() {
-    let quiet = Model { commands: 0, crashes: 0, calms_down: true, ..SMALL };
-    for (name, model) in [
-        ("transfers", quiet),
-        ("a command and a crash", Model { commands: 1, crashes: 1, ..quiet }),
-        ("three epochs", Model { epochs: 3, transfers: 3, ..quiet }),
-        ("two join at once", Model { joiners: 2, transfers: 1, ..quiet }),
-    ] {
-        let begin = std::time::Instant::now();
-        match live(model, 3_000_000) {
-            Liveness::Live(states) => println!("{name}: from {states} states, {:?}", begin.elapsed()),
-            other => panic!("{name}: {other:#?}"),
-        }
-    }
-    // A giver that has crashed does not know any more that it has to say so.
-    let stuck = live(Model { mutant: Mutant::NeverAsks, crashes: 1, ..quiet }, 3_000_000);
-    assert!(matches!(stuck, Liveness::Stuck(..)), "a prepared copy is kept for ever, and nobody asks: {stuck:?}");
+    let quiet = Model { commands: 0, crashes: 0, ..SMALL };
+    lives("transfers", quiet);
+    lives("a command and a crash", Model { commands: 1, crashes: 1, ..quiet });
+    lives("three epochs", Model { epochs: 3, transfers: 3, ..quiet });
+    lives("two join at once", Model { joiners: 2, transfers: 1, ..quiet });
+    // A giver that has crashed does not know any more that it has to say so: a prepared copy is kept for ever, and nobody asks.
+    sticks("NeverAsks", Model { mutant: Mutant::NeverAsks, crashes: 1, ..quiet });
 }
 
 /// The larger configurations, of some minutes.
@@ -103,31 +66,33 @@ fn it_holds_in_larger_configurations() {
 #[test]
 fn every_safeguard_is_needed() {
     let wide = Model { commands: 2, epochs: 4, transfers: 4, ..Model::THREE };
-    for safeguard in [
-        Safeguard::ReleaseAfterReady,
-        Safeguard::ReadyOfThisTransfer,
-        Safeguard::NoAbortWhileReleasing,
-        Safeguard::GrantAfterCommit,
-        Safeguard::StatusOfTheToken,
-        Safeguard::NewEpochForEachOwner,
-        Safeguard::ReadsEndWithRelease,
-        Safeguard::FloorRefuses,
-        Safeguard::StagedIsNotReplaced,
-        Safeguard::ReadyAfterCommit,
-        Safeguard::TakenAfterCommit,
+    for (safeguard, steps) in [
+        (Safeguard::ReleaseAfterReady, 2),
+        (Safeguard::ReadyOfThisTransfer, 6),
+        (Safeguard::NoAbortWhileReleasing, 6),
+        (Safeguard::GrantAfterCommit, 4),
+        (Safeguard::StatusOfTheToken, 6),
+        (Safeguard::NewEpochForEachOwner, 4),
+        (Safeguard::ReadsEndWithRelease, 7),
+        (Safeguard::FloorRefuses, 6),
+        (Safeguard::StagedIsNotReplaced, 7),
+        (Safeguard::ReadyAfterCommit, 4),
+        (Safeguard::TakenAfterCommit, 8),
     ] {
-        breaks(&format!("without {safeguard:?}"), without(wide, safeguard));
+        breaks(&format!("without {safeguard:?}"), steps, without(wide, safeguard));
     }
     let long_way = Model { crashes: 0, epochs: 4, transfers: 4, ..Model::THREE };
-    breaks("without TakenOfThisTransfer", without(long_way, Safeguard::TakenOfThisTransfer));
+    breaks("without TakenOfThisTransfer", 17, without(long_way, Safeguard::TakenOfThisTransfer));
     let copies = Model { commands: 2, copies: true, crashes: 0, ..Model::THREE };
-    breaks("without StagedIsKeptAsItIs", without(copies, Safeguard::StagedIsKeptAsItIs));
+    breaks("without StagedIsKeptAsItIs", 11, without(copies, Safeguard::StagedIsKeptAsItIs));
     breaks(
         "without HintOfNoLowerEpoch",
+        6,
         without(Model { epochs: 4, transfers: 4, ..HINTS }, Safeguard::HintOfNoLowerEpoch),
     );
-    for safeguard in [Safeguard::JoinedBeforeReady, Safeguard::JoinClosure, Safeguard::JoinAll] {
-        breaks(&format!("without {safeguard:?}"), without(Model { epochs: 3, transfers: 3, ..JOIN }, safeguard));
+    for (safeguard, steps) in [(Safeguard::JoinedBeforeReady, 6), (Safeguard::JoinClosure, 6), (Safeguard::JoinAll, 6)]
+    {
+        breaks(&format!("without {safeguard:?}"), steps, without(Model { epochs: 3, transfers: 3, ..JOIN }, safeguard));
     }
 }
 
@@ -136,7 +101,7 @@ fn every_safeguard_is_needed() {
 fn safeguards_that_stand_for_each_other_are_needed_together() {
     let two = |one, other| Safeguards::ALL.without(one).without(other);
     let digest = two(Safeguard::CopyIsReadBack, Safeguard::ReadyWithEqualDigest).without(Safeguard::DigestOfTheCopy);
-    breaks("no digest at all", Model { copies: true, safeguards: digest, ..Model::THREE });
+    breaks("no digest at all", 7, Model { copies: true, safeguards: digest, ..Model::THREE });
     for safeguard in
         [Safeguard::ReadyWithEqualDigest, Safeguard::GrantOfThisTransfer, Safeguard::ReleaseOfWhatWasSealed]
     {
@@ -150,6 +115,7 @@ fn safeguards_that_stand_for_each_other_are_needed_together() {
     holds("no drain", no_drain);
     breaks(
         "no drain, and no look at the tail",
+        6,
         without(Model { commands: 2, ..no_drain }, Safeguard::ReleaseOfWhatWasSealed),
     );
 }
@@ -157,25 +123,25 @@ fn safeguards_that_stand_for_each_other_are_needed_together() {
 #[test]
 fn a_node_that_breaks_the_rules_around_them_is_caught() {
     let wide = Model { commands: 2, epochs: 4, transfers: 4, ..Model::THREE };
-    for mutant in [
-        Mutant::ClaimOnAbsent,
-        Mutant::TransferDerived,
-        Mutant::NoDrainNoTokenInAppend,
-        Mutant::KeysNotMoved,
-        Mutant::KeysInMemory,
-        Mutant::StagedDropped,
-        Mutant::GrantPresumed,
-        Mutant::ServesAfterRelease,
-        Mutant::RowsDeletedAtRelease,
+    for (mutant, steps) in [
+        (Mutant::ClaimOnAbsent, 1),
+        (Mutant::TransferDerived, 7),
+        (Mutant::NoDrainNoTokenInAppend, 6),
+        (Mutant::KeysNotMoved, 9),
+        (Mutant::KeysInMemory, 5),
+        (Mutant::StagedDropped, 5),
+        (Mutant::GrantPresumed, 3),
+        (Mutant::ServesAfterRelease, 6),
+        (Mutant::RowsDeletedAtRelease, 6),
     ] {
-        breaks(&format!("{mutant:?}"), Model { mutant, ..wide });
+        breaks(&format!("{mutant:?}"), steps, Model { mutant, ..wide });
     }
     let long_way = Model { commands: 0, crashes: 0, epochs: 4, transfers: 4, ..Model::THREE };
-    breaks("PointerDeleted", Model { mutant: Mutant::PointerDeleted, ..long_way });
+    breaks("PointerDeleted", 13, Model { mutant: Mutant::PointerDeleted, ..long_way });
     let copies = without(Model { mutant: Mutant::UncommittedCopied, ..COPIES }, Safeguard::CopyIsReadBack);
-    breaks("UncommittedCopied", copies);
-    breaks("RestoreOwns", Model { mutant: Mutant::RestoreOwns, ..RESTORE });
-    breaks("SameDisk, restored", Model { mutant: Mutant::SameDisk, ..RESTORE });
-    breaks("SameDisk, wiped", Model { mutant: Mutant::SameDisk, epochs: 3, transfers: 3, ..WIPE });
+    breaks("UncommittedCopied", 7, copies);
+    breaks("RestoreOwns", 12, Model { mutant: Mutant::RestoreOwns, ..RESTORE });
+    breaks("SameDisk, restored", 7, Model { mutant: Mutant::SameDisk, ..RESTORE });
+    breaks("SameDisk, wiped", 13, Model { mutant: Mutant::SameDisk, epochs: 3, transfers: 3, ..WIPE });
     holds("NoTokenInAppend", Model { mutant: Mutant::NoTokenInAppend, ..SMALL });
 }

@@ -2,21 +2,21 @@
 
 /// The safeguards that are on. In the product: [`Safeguards::ALL`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Safeguards(u32);
+pub struct Safeguards(u64);
 
 impl Safeguards {
     /// All of them.
-    pub const ALL: Safeguards = Safeguards(u32::MAX);
+    pub const ALL: Safeguards = Safeguards(u64::MAX);
 
     /// All but this one, and those that are off already.
     #[must_use]
     pub fn without(self, safeguard: Safeguard) -> Self {
-        Safeguards(self.0 & !(1 << safeguard as u32))
+        Safeguards(self.0 & !(1 << safeguard as u64))
     }
 
     /// Whether it is on.
     pub fn has(self, safeguard: Safeguard) -> bool {
-        self.0 & (1 << safeguard as u32) != 0
+        self.0 & (1 << safeguard as u64) != 0
     }
 }
 
@@ -73,4 +73,22 @@ pub enum Safeguard {
     JoinAll,
     /// A new disk takes over the floors of the others.
     JoinFloors,
+    /// A key whose tombstone is here does not come in with a copy.
+    TombstoneKeepsKeyOut,
+    /// An erasure is done when every disk has answered.
+    ErasedOnEveryDisk,
+    /// `Shredded` leaves after the tombstone is durable and the key destroyed.
+    ShreddedAfterCommit,
+    /// A key is destroyed in prepared copies, and in what came ahead of them.
+    ShredReachesStaged,
+    /// A key is destroyed in a copy that was given away.
+    ShredReachesReleased,
+    /// A disk that has the tombstone already destroys the key all the same.
+    EachShredIsCarriedOut,
+    /// A tombstone is durable before its key ends.
+    TombstoneBeforeKey,
+    /// A new disk takes over the tombstones of the others.
+    JoinTombstones,
+    /// Whoever prepares a copy takes over the tombstones of what is erased in it.
+    CopyBringsTombstones,
 }
