@@ -6,6 +6,7 @@ mod activate;
 mod dawdle;
 mod erase;
 mod frame;
+mod handoff;
 mod http;
 mod load;
 mod memory;
@@ -120,6 +121,13 @@ enum Command {
     /// The server of `http`.
     #[command(hide = true)]
     HttpServe(http::ServeArgs),
+    /// Slots on their way between nodes while clients go on
+    ///
+    /// Nodes in one process, linked over loopback. Three are filled and serve clients at a fixed rate; two more join at once; then two of the five
+    /// are drained. moved_fraction is the part of all slots that moved when the two joined, predicted_fraction what the ring says. pause_* is how
+    /// long writes to a slot waited: from its seal until the other node said that it owns it. Times of requests run from when they were due;
+    /// added_request_p99_ms is that while slots moved less that before. Every entity is read back and compared with what was acknowledged.
+    Handoff(handoff::HandoffArgs),
     /// Memory of live entities, against bare tasks with a channel
     ///
     /// The growth of the resident memory by the number of entities, each in a process of its own: after one append of 64 B to
@@ -195,6 +203,7 @@ fn run(command: Command) -> Result<()> {
             Command::Project(args) => project::run(args).await,
             Command::Http(args) => http::run(args).await,
             Command::HttpServe(args) => http::serve(args).await,
+            Command::Handoff(args) => handoff::run(args).await,
             Command::Memory(args) => memory::run(args).await,
             Command::MemoryPhase(args) => memory::phase(args).await,
         }

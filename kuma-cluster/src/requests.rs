@@ -54,10 +54,11 @@ pub(crate) async fn ask(shared: &Arc<Shared>, request: Request, within: Duration
             });
         }
         match shared.slots.gate(slot) {
-            Gate::Open => match answer(shared, &request).await {
-                Some(reply) => return Ok(reply),
-                None => {}
-            },
+            Gate::Open => {
+                if let Some(reply) = answer(shared, &request).await {
+                    return Ok(reply);
+                }
+            }
             Gate::Sealed => {
                 // Decided in a moment, one way or the other; unless whoever decides is out of reach.
                 let moment = left.min(UNREACHABLE_AFTER);
