@@ -9,9 +9,13 @@
 //! - [`disks`]: which disks a node knows, and the barrier that a new one passes before it takes part.
 //! - [`members`]: the nodes, their names and addresses, and slots that are pinned to one of them.
 //! - [`ring`]: where slots should be.
+//!
+//! And what carries them:
+//! - [`link`]: encrypted connections to other nodes, with deadlines and limits.
 
 pub mod disks;
 pub mod handoff;
+pub mod link;
 pub mod members;
 pub mod ring;
 
@@ -20,5 +24,6 @@ pub use handoff::{
     Content, Effect, Envelope, Handoff, Input, Message, Out, Phase, Plan, Safeguard, Safeguards, SlotRecord, Staged,
     Token, TransferId, Txn,
 };
+pub use link::{Cookie, LinkOptions, Links, Peers};
 pub use members::{JoinRefused, Member, Members, NodeId, Standing};
 pub use ring::{Move, Ring};
