@@ -10,12 +10,16 @@
 //! - [`erasure`]: one life of an entity, erased on every disk.
 //! - [`members`]: the nodes, their names and addresses, and slots that are pinned to one of them.
 //! - [`ring`]: where slots should be.
+//!
+//! And what carries them:
+//! - [`link`]: encrypted connections to other nodes, with deadlines and limits.
 
 mod commands;
 pub mod disks;
 pub mod erasure;
 pub mod handle;
 pub mod handoff;
+pub mod link;
 pub mod members;
 pub mod node;
 mod registry;
@@ -36,6 +40,7 @@ pub use handoff::{
     Content, Effect, Envelope, Handoff, Input, Message, Out, Phase, Plan, Safeguard, Safeguards, SlotRecord, Staged,
     Token, TransferId, Txn,
 };
+pub use link::{Cookie, LinkOptions, Links, Peers};
 pub use members::{JoinRefused, Member, Members, NodeId, Standing};
 pub use node::{MemberStatus, Node, NodeError, NodeOptions, SlotStatus};
 pub use ring::{Move, Ring};
