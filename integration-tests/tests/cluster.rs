@@ -5,6 +5,7 @@ mod common;
 
 use std::{
     collections::HashMap,
+    net::Ipv4Addr,
     path::Path,
     sync::{
         Arc,
@@ -15,7 +16,7 @@ use std::{
 
 use common::directory;
 use integration_tests::seed;
-use kuma_cluster::{Node, testing::Hub};
+use kuma_cluster::{Cookie, Node, NodeError, NodeOptions, testing::Hub};
 use kuma_core::{Command, Entity, SLOTS, Version};
 use parking_lot::Mutex;
 use rand::{RngExt, SeedableRng, rngs::StdRng};
@@ -83,9 +84,8 @@ async fn soon(what: &str, mut is_so: impl AsyncFnMut() -> bool) {
     tokio::time::timeout(LONG, wait).await.unwrap_or_else(|_| panic!("waited in vain: {what}"));
 }
 
-async fn node(hub: &Hub, path: &Path, name: &str, seeds: &[&Node]) -> Node {
-    let options =
-        hub.node(path).context("bank").name(name).shards(2).entity::<Account>().command::<Account, Withdraw>();
+async fn node(options: NodeOptions, name: &str, seeds: &[&Node]) -> Node {
+    let options = options.context("bank").name(name).shards(2).entity::<Account>().command::<Account, Withdraw>();
     let options = match seeds.is_empty() {
         true => options.found(),
         false => options.seed_nodes(seeds.iter().map(|node| node.address().to_string())),
@@ -108,6 +108,11 @@ async fn settled(nodes: &[&Node]) {
     .await;
 }
 
+/// A node with real links, at any port.
+fn linked(path: &Path, cookie: &Cookie) -> NodeOptions {
+    NodeOptions::new(path, cookie.clone()).listen((Ipv4Addr::LOCALHOST, 0).into())
+}
+
 fn id(number: u64) -> String {
     format!("acc-{number}")
 }
@@ -115,15 +120,16 @@ fn id(number: u64) -> String {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nodes_join_and_any_of_them_serves_everything() {
     let directories = [directory(), directory(), directory()];
-    let hub = Hub::new();
-    let first = node(&hub, directories[0].path(), "one", &[]).await;
+    let cookie = Cookie::generate().unwrap();
+    let options = |number: usize| linked(directories[number].path(), &cookie);
+    let first = node(options(0), "one", &[]).await;
     for number in 0..50 {
         let version = first.entity::<Account>(id(number)).append(AccountEvent::Deposited { amount: 10, number }).await;
         assert_eq!(version.unwrap(), Version(1));
     }
-    let second = node(&hub, directories[1].path(), "two", &[&first]).await;
+    let second = node(options(1), "two", &[&first]).await;
     settled(&[&first, &second]).await;
-    let third = node(&hub, directories[2].path(), "three", &[&second]).await;
+    let third = node(options(2), "three", &[&second]).await;
     let nodes = [&first, &second, &third];
     settled(&nodes).await;
     for node in nodes {
@@ -203,9 +209,9 @@ async fn nodes_join_at_once_and_leave_under_load_and_nothing_fails_or_is_lost() 
     let seed = seed("cluster");
     let directories: Vec<_> = (0..5).map(|_| directory()).collect();
     let hub = Hub::new();
-    let mut nodes = vec![node(&hub, directories[0].path(), "n0", &[]).await];
+    let mut nodes = vec![node(hub.node(directories[0].path()), "n0", &[]).await];
     for number in 1..3 {
-        nodes.push(node(&hub, directories[number].path(), &format!("n{number}"), &[&nodes[0]]).await);
+        nodes.push(node(hub.node(directories[number].path()), &format!("n{number}"), &[&nodes[0]]).await);
     }
     settled(&nodes.iter().collect::<Vec<_>>()).await;
     let oracle = Arc::new(Oracle::default());
@@ -216,7 +222,8 @@ async fn nodes_join_at_once_and_leave_under_load_and_nothing_fails_or_is_lost() 
     // Two at once.
     let (path_4, path_5) = (directories[3].path(), directories[4].path());
     let (one_seed, other_seed) = ([&nodes[0]], [&nodes[1]]);
-    let (fourth, fifth) = tokio::join!(node(&hub, path_4, "n3", &one_seed), node(&hub, path_5, "n4", &other_seed));
+    let (fourth, fifth) =
+        tokio::join!(node(hub.node(path_4), "n3", &one_seed), node(hub.node(path_5), "n4", &other_seed));
     nodes.extend([fourth, fifth]);
     *entries.lock() = nodes.clone();
     settled(&nodes.iter().collect::<Vec<_>>()).await;
@@ -253,4 +260,25 @@ async fn nodes_join_at_once_and_leave_under_load_and_nothing_fails_or_is_lost() 
         node.shutdown().await;
     }
     println!("{requests} requests");
+}
+
+/// It waits for its seeds and founds nothing, until it is started with the right one.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_with_another_cookie_is_not_let_in_and_leaves_nothing() {
+    let (one, two) = (directory(), directory());
+    let cookie = Cookie::generate().unwrap();
+    let first = node(linked(one.path(), &cookie), "one", &[]).await;
+    let seed = [first.address().to_string()];
+    let stranger = linked(two.path(), &Cookie::generate().unwrap()).context("bank").seed_nodes(seed.clone());
+    let waits = tokio::time::timeout(Duration::from_secs(3), Node::start(stranger)).await;
+    assert!(waits.is_err() && !two.path().join("store.json").exists());
+    assert_eq!(first.members().len(), 1);
+    // The same directory twice.
+    let twice = Node::start(linked(one.path(), &cookie).context("bank")).await;
+    assert!(matches!(twice, Err(NodeError::Store(_))));
+    let second = node(linked(two.path(), &cookie), "two", &[&first]).await;
+    settled(&[&first, &second]).await;
+    for node in [first, second] {
+        node.shutdown().await;
+    }
 }

@@ -15,7 +15,7 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 use hdrhistogram::Histogram;
-use kuma_cluster::{Node, NodeOptions, Ring};
+use kuma_cluster::{Cookie, Node, NodeOptions, Ring};
 use kuma_core::{Command, Entity, ExecuteError, SLOTS};
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
@@ -123,7 +123,7 @@ pub(crate) async fn run(mut args: HandoffArgs) -> Result<()> {
 const SHARDS: u16 = 2;
 
 struct Cluster {
-    hub: kuma_cluster::testing::Hub,
+    cookie: Cookie,
     shards: u16,
     base: std::path::PathBuf,
     nodes: Vec<(Node, TempDir)>,
@@ -131,7 +131,12 @@ struct Cluster {
 
 impl Cluster {
     fn options(&self, directory: &Path, name: &str) -> NodeOptions {
-        let options = self.hub.node(directory).context("bench").name(name).shards(self.shards);
+        let listen = std::net::SocketAddr::from((std::net::Ipv4Addr::LOCALHOST, 0));
+        let options = NodeOptions::new(directory, self.cookie.clone())
+            .listen(listen)
+            .context("bench")
+            .name(name)
+            .shards(self.shards);
         options.entity::<Tally>().command::<Tally, Take>()
     }
 
@@ -236,8 +241,7 @@ impl Clients {
 
 async fn one_run(args: &HandoffArgs, base: &Path, progress: &Progress) -> Result<(Figures, String)> {
     let shards = args.common.shards.unwrap_or(SHARDS);
-    let mut cluster =
-        Cluster { hub: kuma_cluster::testing::Hub::new(), shards, base: base.to_owned(), nodes: Vec::new() };
+    let mut cluster = Cluster { cookie: Cookie::generate()?, shards, base: base.to_owned(), nodes: Vec::new() };
     let founder = cluster.start("n1").await?;
     cluster.nodes.push(founder);
     cluster.settled().await?;

@@ -20,6 +20,7 @@ pub mod erasure;
 pub mod handle;
 pub mod handoff;
 pub mod link;
+mod linked;
 pub mod members;
 pub mod node;
 mod registry;

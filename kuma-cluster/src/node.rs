@@ -28,6 +28,8 @@ use crate::{
     erasure::Tombstones,
     handle::{Handle, RawHandle},
     handoff::Safeguards,
+    link::Cookie,
+    linked,
     members::{Member, Members, NodeId, Standing},
     registry::{MOVES_MAX, Registry, RegistryMessage},
     requests,
@@ -40,6 +42,8 @@ use crate::{
 /// How long a new node waits between two rounds over its seeds.
 const SEEDS_AGAIN: Duration = Duration::from_millis(500);
 const WELCOME_WITHIN: Duration = Duration::from_secs(5);
+/// What was given away is collected when no slot has moved for so long.
+const QUIET: Duration = Duration::from_secs(1);
 /// How often what was given away is looked for, beside when it is.
 const COLLECT_EVERY: Duration = Duration::from_secs(30);
 
@@ -115,12 +119,51 @@ pub struct NodeOptions {
     advertise: Option<String>,
     moves_max: usize,
     commands: Commands,
-    transport: MakeTransport,
+    links: MakeLinks,
+}
+
+/// What makes a node's links.
+#[derive(Clone)]
+enum MakeLinks {
+    /// Real ones.
+    Listening { listen: SocketAddr, cookie: Cookie },
+    /// Those of a test.
+    Given(MakeTransport),
+}
+
+impl MakeLinks {
+    async fn make(&self, serve: Arc<dyn Serve>) -> Result<(Arc<dyn Transport>, SocketAddr), NodeError> {
+        let made = match self {
+            MakeLinks::Listening { listen, cookie } => linked::start(*listen, cookie.clone(), serve).await,
+            MakeLinks::Given(make) => make(serve).await,
+        };
+        made.map_err(NodeError::Transport)
+    }
 }
 
 impl NodeOptions {
+    /// A node whose store is in `data_dir`, of the cluster that has this cookie. It listens at 127.0.0.1:4860, unless [`NodeOptions::listen`] says
+    /// otherwise.
+    pub fn new(data_dir: impl Into<PathBuf>, cookie: Cookie) -> Self {
+        let listen = SocketAddr::from((std::net::Ipv4Addr::LOCALHOST, PORT));
+        NodeOptions::with_links(data_dir, MakeLinks::Listening { listen, cookie })
+    }
+
+    /// Where the node listens for others: an address of this machine that the others can reach. Links are encrypted and nobody without the cookie
+    /// gets in. Default: 127.0.0.1:4860, where only nodes on the same machine are.
+    pub fn listen(mut self, address: SocketAddr) -> Self {
+        if let MakeLinks::Listening { listen, .. } = &mut self.links {
+            *listen = address;
+        }
+        self
+    }
+
     /// A node whose store is in `data_dir`, with links made by `transport`.
     pub(crate) fn with_transport(data_dir: impl Into<PathBuf>, transport: MakeTransport) -> Self {
+        NodeOptions::with_links(data_dir, MakeLinks::Given(transport))
+    }
+
+    fn with_links(data_dir: impl Into<PathBuf>, links: MakeLinks) -> Self {
         let data_dir = data_dir.into();
         NodeOptions {
             store: Options::new(&data_dir),
@@ -132,7 +175,7 @@ impl NodeOptions {
             advertise: None,
             moves_max: MOVES_MAX,
             commands: Commands::default(),
-            transport,
+            links,
         }
     }
 
@@ -334,7 +377,7 @@ impl Node {
     /// Asks the seeds which cluster this is, makes a store for it, and lets it be let in.
     async fn join_new(options: NodeOptions) -> Result<Node, NodeError> {
         let guest = Arc::new(Guest { context: options.context.clone(), disk: DiskId(random()?) });
-        let (transport, _) = (options.transport)(guest).await.map_err(NodeError::Transport)?;
+        let (transport, _) = options.links.make(guest).await?;
         let welcome = ask_seeds(&options, &transport).await;
         transport.stop().await;
         let welcome: Welcome = welcome?;
@@ -396,7 +439,7 @@ impl Node {
             options.commands.clone(),
         ));
         let server = Arc::new(Server(shared.clone()));
-        let (transport, address) = (options.transport)(server).await.map_err(NodeError::Transport)?;
+        let (transport, address) = options.links.make(server).await?;
         let advertised = options.advertise.clone().unwrap_or_else(|| address.to_string());
         let member = Member {
             version: 1,
@@ -592,6 +635,12 @@ async fn collect(shared: std::sync::Weak<Shared>) {
         if now.is_closing.load(SeqCst) {
             return;
         }
+        // Nobody waits for it; whoever moves does.
+        if now.moved_at.lock().is_some_and(|at| at.elapsed() < QUIET) {
+            drop(now);
+            tokio::time::sleep(QUIET).await;
+            continue;
+        }
         if let Err(error) = now.slots.collect_departed().await {
             tracing::warn!(target: "kuma::cluster", %error, "what was given away could not be collected; it is tried again");
         }
@@ -606,6 +655,10 @@ struct Guest {
 }
 
 impl Serve for Guest {
+    fn own(&self) -> DiskId {
+        self.disk
+    }
+
     fn hello(&self) -> Vec<u8> {
         let Guest { context, disk } = self;
         wire::encode(&Hello {
@@ -650,6 +703,10 @@ fn check_context(own: &str, hello: &Hello) -> Result<(), String> {
 struct Server(Arc<Shared>);
 
 impl Serve for Server {
+    fn own(&self) -> DiskId {
+        self.0.own
+    }
+
     fn hello(&self) -> Vec<u8> {
         let state = self.0.state();
         wire::encode(&Hello {

@@ -98,12 +98,12 @@ pub(crate) async fn ask(shared: &Arc<Shared>, request: Request, within: Duration
                         Some(reply) => return Ok(reply),
                         None => return Err(unreadable()),
                     },
-                    Err(CallError::UnknownKind) => return Err(unreadable()),
-                    Err(CallError::TooLarge { bytes }) => {
+                    Err(CallError::UnknownKind { .. }) => return Err(unreadable()),
+                    Err(CallError::TooLarge { bytes, .. }) => {
                         let why = format!("the request has {bytes} bytes, which is more than goes to another node");
                         return Ok(Reply::Failed(Failure::Refused(why)));
                     }
-                    Err(error) if error.is_unknown() => sent = Some(error.to_string()),
+                    Err(error) if error.is_outcome_unknown() => sent = Some(error.to_string()),
                     Err(_) => {}
                 }
             }

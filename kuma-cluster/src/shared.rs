@@ -17,7 +17,7 @@ use kuma_core::{DiskId, Epoch, Kuma, Slot, SlotError, Slots};
 use parking_lot::{Mutex, RwLock};
 use ractor::{Actor, ActorRef};
 use serde::{Deserialize, Serialize};
-use tokio::sync::{Mutex as AsyncMutex, Notify};
+use tokio::sync::{Mutex as AsyncMutex, Notify, Semaphore};
 
 use crate::{
     commands::Commands,
@@ -93,6 +93,10 @@ pub(crate) struct Shared {
     actors: AsyncMutex<HashMap<Slot, ActorRef<SlotMessage>>>,
     pub(crate) moves: Mutex<BTreeMap<Slot, MoveProgress>>,
     pub(crate) totals: Mutex<MoveTotals>,
+    /// Leave to seal a slot.
+    pub(crate) sealing: Arc<Semaphore>,
+    /// When a slot came or went last.
+    pub(crate) moved_at: Mutex<Option<Instant>>,
     /// Something was given away whose rows are to be collected.
     pub(crate) collect: Notify,
     /// Whether it may serve what it owns: others know that this disk is the newest one of its node.
@@ -103,6 +107,9 @@ pub(crate) struct Shared {
     pub(crate) down: Mutex<HashMap<DiskId, Instant>>,
     pub(crate) is_closing: AtomicBool,
 }
+
+/// Slots of a node that are sealed at once. Each waits for a few commits on both nodes; more of them wait for each other's.
+const SEALED_MAX: usize = 2;
 
 /// Pauses that are kept.
 const PAUSES_MAX: usize = 100_000;
@@ -126,6 +133,8 @@ impl Shared {
             actors: AsyncMutex::default(),
             moves: Mutex::default(),
             totals: Mutex::default(),
+            sealing: Arc::new(Semaphore::new(SEALED_MAX)),
+            moved_at: Mutex::new(None),
             collect: Notify::new(),
             has_passed: AtomicBool::new(false),
             passed_peers: Mutex::default(),
@@ -281,6 +290,7 @@ impl Shared {
     /// A slot of this node has come to another one, or not.
     pub(crate) fn note_end(&self, slot: Slot, pause: Option<Duration>) {
         self.moves.lock().remove(&slot);
+        *self.moved_at.lock() = Some(Instant::now());
         let mut totals = self.totals.lock();
         match pause {
             Some(pause) => {

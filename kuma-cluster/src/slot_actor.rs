@@ -19,7 +19,7 @@ use std::{
 
 use kuma_core::{Content, DiskId, Gate, ReadBack, Slot, SlotChunk, SlotCopy, SlotRecord, Token, TransferId, Txn};
 use ractor::{Actor, ActorProcessingErr, ActorRef};
-use tokio::sync::oneshot;
+use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
 use crate::{
     handoff::{Effect, Envelope, Handoff, Input, Message, Phase, Safeguards},
@@ -48,12 +48,18 @@ pub(crate) enum SlotMessage {
     /// A piece of the slot.
     Chunk { frame: Box<ChunkFrame>, reply: oneshot::Sender<ChunkReply> },
     /// The copy has caught up, or failed.
-    Copied { transfer: TransferId, copy: Result<Box<SlotCopy>, String> },
+    Copied { transfer: TransferId, copy: Result<Caught, String> },
     /// It is time to look what is not answered.
     Tick { number: u64 },
 }
 
 impl ractor::Message for SlotMessage {} // local only
+
+/// A copy that has caught up, and the leave to seal its slot.
+pub(crate) struct Caught {
+    copy: Box<SlotCopy>,
+    leave: OwnedSemaphorePermit,
+}
 
 pub(crate) struct SlotActor;
 
@@ -64,6 +70,8 @@ pub(crate) struct SlotState {
     /// At the giver: what has been copied so far, once that has caught up.
     copy: Option<Box<SlotCopy>>,
     copying: Option<tokio::task::AbortHandle>,
+    /// Held while the slot is sealed: a few at a time, so that each is so for a short time.
+    leave: Option<OwnedSemaphorePermit>,
     sealed_at: Option<Instant>,
     /// At the receiver: what of each transfer was read back.
     read: HashMap<TransferId, ReadBack>,
@@ -89,6 +97,7 @@ impl Actor for SlotActor {
             handoff: Handoff::boot(record),
             copy: None,
             copying: None,
+            leave: None,
             sealed_at: None,
             read: HashMap::new(),
             ticks: 0,
@@ -114,6 +123,10 @@ impl Actor for SlotActor {
             }
             SlotMessage::Copied { transfer, copy } => state.copied(&me, transfer, copy).await,
             SlotMessage::Tick { number } if number == state.ticks => {
+                if matches!(state.handoff.record.token, Token::Released { .. }) {
+                    // The other node lets itself be waited for: that is no reason for others to wait.
+                    state.leave = None;
+                }
                 let is_late = state.sealed_at.is_some_and(|at| at.elapsed() >= SEAL_TIMEOUT);
                 match state.handoff.out {
                     Some(out) if is_late && matches!(out.phase, Phase::Sealed(_)) => {
@@ -189,7 +202,7 @@ impl SlotState {
         if let Some(copying) = self.copying.take() {
             copying.abort();
         }
-        (self.copy, self.sealed_at) = (None, None);
+        (self.copy, self.sealed_at, self.leave) = (None, None, None);
         self.shared.note_end(self.slot, None);
     }
 
@@ -234,6 +247,7 @@ impl SlotState {
                 if let Some(sealed_at) = self.sealed_at.take() {
                     self.shared.note_end(slot, Some(sealed_at.elapsed()));
                 }
+                self.leave = None;
                 self.shared.collect.notify_one();
             }
             Txn::Stage(now) => {
@@ -251,6 +265,7 @@ impl SlotState {
                 self.read.remove(&transfer);
                 self.shared.routes.note(slot, epoch, self.shared.own);
                 self.shared.totals.lock().taken += 1;
+                *self.shared.moved_at.lock() = Some(Instant::now());
                 self.shared.collect.notify_one();
             }
             Txn::Raise { .. } => {}
@@ -300,12 +315,12 @@ impl SlotState {
         let task = tokio::spawn(async move {
             let copy = copy_all(&shared, slot, transfer, to).await;
             // One that is gone copies nothing any more.
-            let _ = me.cast(SlotMessage::Copied { transfer, copy: copy.map(Box::new) });
+            let _ = me.cast(SlotMessage::Copied { transfer, copy });
         });
         self.copying = Some(task.abort_handle());
     }
 
-    async fn copied(&mut self, me: &ActorRef<SlotMessage>, transfer: TransferId, copy: Result<Box<SlotCopy>, String>) {
+    async fn copied(&mut self, me: &ActorRef<SlotMessage>, transfer: TransferId, copy: Result<Caught, String>) {
         let is_current = self.handoff.out.is_some_and(|out| out.transfer == transfer && out.phase == Phase::Copying);
         if !is_current {
             return;
@@ -313,8 +328,8 @@ impl SlotState {
         self.copying = None;
         match copy {
             // What is being erased changes under the copy.
-            Ok(copy) if !copy.is_stale() && !self.shared.slots.is_erasing() => {
-                self.copy = Some(copy);
+            Ok(Caught { copy, leave }) if !copy.is_stale() && !self.shared.slots.is_erasing() => {
+                (self.copy, self.leave) = (Some(copy), Some(leave));
                 self.put_in(me, Input::Seal).await;
             }
             Ok(_) => self.put_in(me, Input::Abort).await,
@@ -415,8 +430,22 @@ impl SlotState {
     }
 }
 
-async fn copy_all(shared: &Shared, slot: Slot, transfer: TransferId, to: DiskId) -> Result<SlotCopy, String> {
-    let mut copy = shared.slots.copy(slot).await.map_err(|error| error.to_string())?;
+async fn copy_all(shared: &Shared, slot: Slot, transfer: TransferId, to: DiskId) -> Result<Caught, String> {
+    let mut copy = Box::new(shared.slots.copy(slot).await.map_err(|error| error.to_string())?);
+    catch_up(shared, slot, transfer, to, &mut copy).await?;
+    let leave = shared.sealing.clone().acquire_owned().await.map_err(|error| error.to_string())?;
+    // What came while others were sealed.
+    catch_up(shared, slot, transfer, to, &mut copy).await?;
+    Ok(Caught { copy, leave })
+}
+
+async fn catch_up(
+    shared: &Shared,
+    slot: Slot,
+    transfer: TransferId,
+    to: DiskId,
+    copy: &mut SlotCopy,
+) -> Result<(), String> {
     while let Some(chunk) = copy.next().await.map_err(|error| error.to_string())? {
         let rows = chunk.rows.rows.len() as u64;
         send(shared, slot, transfer, to, chunk).await?;
@@ -425,7 +454,7 @@ async fn copy_all(shared: &Shared, slot: Slot, transfer: TransferId, to: DiskId)
             progress.rows_left = copy.rows_left();
         }
     }
-    Ok(copy)
+    Ok(())
 }
 
 /// Sends a piece and waits until it is on the other disk.

@@ -144,7 +144,7 @@ impl Transport for End {
             let reply = tokio::time::timeout(within, served).await.map_err(|_| CallError::Deadline)?;
             match self.link(to) {
                 None => Err(CallError::Down),
-                Some(_) => reply.map_err(|_| CallError::Down)?.ok_or(CallError::UnknownKind),
+                Some(_) => reply.map_err(|_| CallError::Down)?.ok_or(CallError::UnknownKind { kind }),
             }
         })
     }

@@ -6,38 +6,7 @@ use std::{sync::Arc, time::Duration};
 use futures_util::future::BoxFuture;
 use kuma_core::DiskId;
 
-/// Why a request got no answer.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum CallError {
-    /// There is no link to that node.
-    #[error("there is no link to that node")]
-    NotConnected,
-    /// More waits for that node than is allowed to.
-    #[error("too much waits for that node")]
-    Overloaded,
-    /// No answer came in time: it may have been done.
-    #[error("no answer came in time")]
-    Deadline,
-    /// The link broke: it may have been done.
-    #[error("the link broke before an answer came")]
-    Down,
-    /// The other node does not know such a request.
-    #[error("the other node does not know such a request; it runs another version")]
-    UnknownKind,
-    /// More than a message may have.
-    #[error("the message has {bytes} bytes, which is more than a link carries")]
-    TooLarge {
-        /// Its size.
-        bytes: usize,
-    },
-}
-
-impl CallError {
-    /// Whether it may have been done all the same.
-    pub fn is_unknown(&self) -> bool {
-        matches!(self, CallError::Deadline | CallError::Down)
-    }
-}
+pub use crate::link::CallError;
 
 /// Where a node is reached.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -80,6 +49,9 @@ pub trait Transport: Send + Sync + 'static {
 
 /// What a node answers to others.
 pub trait Serve: Send + Sync + 'static {
+    /// Its disk.
+    fn own(&self) -> DiskId;
+
     /// What it says of itself to whoever connects.
     fn hello(&self) -> Vec<u8>;
 

@@ -22,6 +22,7 @@ use tokio::sync::oneshot;
 use crate::{
     CommitError, Content, CopyId, Digest, EntityRow, Epoch, LogRow, NotWritten, PAGE_BYTES, ReadError, Shard, Slot,
     SlotRecord, Token, TransferId, Txn,
+    erase::STEPS_IN_GROUP,
     log_entry::LogEntry,
     log_row,
     slots::{SlotImage, SlotSum},
@@ -243,8 +244,11 @@ impl Shard {
     pub async fn collect_departed(&self, slot: Slot, transfer: TransferId, at_us: i64) -> Result<(), CommitError> {
         let unreadable =
             |error: ReadError| NotWritten::Io { file: self.file().to_owned(), detail: crate::verify::words(&error) };
-        for entity in self.departed_entities(slot, transfer).await.map_err(unreadable)? {
-            self.erase(&entity, at_us).await?;
+        let entities = self.departed_entities(slot, transfer).await.map_err(unreadable)?;
+        // Steps of many share a transaction.
+        for some in entities.chunks(STEPS_IN_GROUP) {
+            let erased = some.iter().map(|entity| self.erase(entity, at_us));
+            futures_util::future::try_join_all(erased).await?;
         }
         let (told, settled) = oneshot::channel();
         self.hand_in(LogEntry::collected(transfer, Box::new(move |result| drop(told.send(result)))));

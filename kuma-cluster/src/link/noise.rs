@@ -117,7 +117,7 @@ fn ended(error: io::Error) -> HandshakeError {
 
 fn broken(error: snow::Error) -> io::Error {
     // Not the error itself: what exactly failed is for an attacker only.
-    drop(error);
+    let _ = error;
     io::Error::new(io::ErrorKind::InvalidData, "a record could not be sealed or opened")
 }
 
@@ -298,11 +298,7 @@ impl NoiseReader {
 }
 
 impl AsyncRead for NoiseReader {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        out: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
+    fn poll_read(mut self: Pin<&mut Self>, context: &mut Context<'_>, out: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = &mut *self;
         this.life.check(&this.life.reader, context)?;
         loop {
