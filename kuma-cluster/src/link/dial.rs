@@ -103,11 +103,7 @@ async fn welcome(
 }
 
 /// Dials an address once. Returns the disk that is there, with a link to it that is up.
-pub(super) async fn dial(
-    shared: &Arc<Shared>,
-    address: &str,
-    expected: Option<DiskId>,
-) -> Result<DiskId, DialError> {
+pub(super) async fn dial(shared: &Arc<Shared>, address: &str, expected: Option<DiskId>) -> Result<DiskId, DialError> {
     let late = |doing| move |_| DialError::Timeout { address: address.into(), doing };
     let within = shared.limits.handshake;
     if shared.sessions.is_stopped() {
@@ -138,9 +134,8 @@ pub(super) async fn dial(
 
 async fn connect(address: &str) -> Result<TcpStream, DialError> {
     let address = || address.to_owned();
-    let resolved = tokio::net::lookup_host(address())
-        .await
-        .map_err(|source| DialError::Resolve { address: address(), source })?;
+    let resolved =
+        tokio::net::lookup_host(address()).await.map_err(|source| DialError::Resolve { address: address(), source })?;
     let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
     for resolved in resolved {
         match TcpStream::connect(resolved).await.and_then(|stream| prepare(&stream).map(|()| stream)) {

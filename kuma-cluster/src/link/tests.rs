@@ -185,6 +185,7 @@ async fn another_cookie_is_refused_with_a_sentence_and_leaves_nothing_behind() {
     let cookie = Cookie::generate().unwrap();
     let stranger = Links::start(LinkOptions { cookie, ..options(patient()) }, other.clone()).await.unwrap();
     let places = || (links.0.shared.places.available_permits(), stranger.0.shared.places.available_permits());
+    until(|| places() == (255, 255)).await; // each listens with one of them
     let before = places();
     for _ in 0..20 {
         let error = stranger.dial(&links.local_addr().to_string()).await.unwrap_err();
@@ -279,8 +280,7 @@ async fn callers_of_a_peer_that_dies_are_told_and_it_is_back_when_it_restarts() 
     until(|| links.peers().first().is_some_and(|peer| peer.incarnation == 2)).await;
     echo(&links, &again).await;
     echo(&restarted, &one).await;
-    let told = one.told.lock().clone();
-    assert!(matches!(&told[..], [(_, None), (_, Some(_)), (_, None)]), "{told:?}");
+    until(|| matches!(&one.told.lock()[..], [(_, None), (_, Some(_)), (_, None)])).await;
 }
 
 /// The former process is stopped, or cut off: its connection is open, as far as anybody knows.
@@ -320,8 +320,8 @@ async fn silence_is_noticed() {
     println!("silence noticed after {:?}", since.elapsed());
     until(|| !others.is_up(one.disk)).await;
     assert!(since.elapsed() < Duration::from_secs(10));
-    let why = one.told.lock().last().unwrap().1.clone().unwrap();
-    assert!(why.contains("nothing was heard"), "{why}");
+    let heard_of = |(_, why): &(_, Option<String>)| why.as_ref().is_some_and(|why| why.contains("nothing was heard"));
+    until(|| one.told.lock().last().is_some_and(heard_of)).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -347,7 +347,8 @@ async fn sockets_that_say_nothing_block_nobody_and_are_closed() {
 async fn garbage_is_closed_at_once_and_hurts_nobody() {
     let (nodes, links) = two().await;
     let before = links[0].0.shared.places.available_permits();
-    let garbage = [b"GET / HTTP/1.1\r\n\r\n".to_vec(), vec![0; 4], vec![255; 100_000], [&[0, 48][..], &[7; 48]].concat()];
+    let garbage =
+        [b"GET / HTTP/1.1\r\n\r\n".to_vec(), vec![0; 4], vec![255; 100_000], [&[0, 48][..], &[7; 48]].concat()];
     for bytes in garbage {
         let mut stream = TcpStream::connect(links[0].local_addr()).await.unwrap();
         let _ = stream.write_all(&bytes).await;
@@ -367,7 +368,10 @@ async fn two_nodes_that_dial_each_other_at_once_end_with_one_link() {
         let dialed = tokio::join!(links[0].dial(&addresses[1]), links[1].dial(&addresses[0]));
         assert_eq!((dialed.0.unwrap(), dialed.1.unwrap()), (nodes[1].disk, nodes[0].disk));
         let ids = |at: usize| links[at].0.shared.sessions.all().iter().map(|session| session.id).collect::<Vec<_>>();
-        until(|| ids(0).len() == 1 && ids(0) == ids(1) && links[0].is_up(nodes[1].disk) && links[1].is_up(nodes[0].disk)).await;
+        until(|| {
+            ids(0).len() == 1 && ids(0) == ids(1) && links[0].is_up(nodes[1].disk) && links[1].is_up(nodes[0].disk)
+        })
+        .await;
         echo(&links[0], &nodes[1]).await;
         echo(&links[1], &nodes[0]).await;
         for at in [0, 1] {
@@ -404,7 +408,8 @@ async fn too_much_is_refused_and_what_is_queued_is_bounded() {
         let (links, disk) = (links.clone(), other.disk);
         calls.spawn(async move { links.call(disk, ECHO, vec![0; 100], Duration::from_secs(1)).await });
     }
-    let overloaded = calls.join_all().await.into_iter().filter(|outcome| *outcome == Err(CallError::Overloaded)).count();
+    let overloaded =
+        calls.join_all().await.into_iter().filter(|outcome| *outcome == Err(CallError::Overloaded)).count();
     assert_eq!(overloaded, 950);
     let mut refused = 0;
     for _ in 0..1000 {
@@ -445,7 +450,7 @@ async fn long_messages_and_small_ones_travel_beside_each_other() {
     for n in 0..60usize {
         let (links, disk) = (links.clone(), nodes[1].disk);
         calls.spawn(async move {
-            let body = vec![n as u8; n * 7_001];
+            let body = vec![n as u8; n * 4_001];
             assert!(links[0].call(disk, ECHO, body.clone(), LONG).await.unwrap() == body);
             let chunk = vec![n as u8; n * 1000];
             assert!(links[0].call_bulk(disk, ECHO, chunk.clone(), LONG).await.unwrap() == chunk);
@@ -539,26 +544,25 @@ mod frames {
 
     #[tokio::test]
     async fn a_request_in_time_is_served() {
-        let (one, ..) = given(|_| {}, &[request(9000)]).await;
+        let (one, _links, _others) = given(|_| {}, &[request(9000)]).await;
         until(|| one.served.load(Ordering::Relaxed) == 1).await;
     }
 
     #[tokio::test]
     async fn a_request_after_its_deadline_is_not_served() {
-        let (one, links, _others) = given(|_| {}, &[request(1000), request(10)]).await;
-        let session = links.0.shared.sessions.all().remove(0);
-        until(|| session.flow.counters().received >= 2 * 23).await;
-        tokio::time::sleep(Duration::from_millis(50)).await;
-        assert_eq!(one.served.load(Ordering::Relaxed), 0);
-        assert_eq!(links.peers().len(), 1);
+        let (one, _links, _others) = given(|_| {}, &[request(1000), request(10), request(9000)]).await;
+        until(|| one.served.load(Ordering::Relaxed) == 1).await;
+        tokio::task::yield_now().await;
+        assert_eq!(one.served.load(Ordering::Relaxed), 1, "the last one alone");
     }
 
     #[tokio::test]
     async fn a_frame_of_a_former_session_is_ignored() {
-        let (one, links, _others) = given(|header| header.session = SessionId([7; 16]), &[request(9000)]).await;
-        tokio::time::sleep(Duration::from_millis(50)).await;
-        assert_eq!(one.served.load(Ordering::Relaxed), 0);
-        assert_eq!(links.peers().len(), 1, "and does the session of now no harm");
+        let (one, links, others) = given(|header| header.session = SessionId([7; 16]), &[request(9000)]).await;
+        // A request behind it is served, and the only one: the session of now was done no harm.
+        let asked = others.call(one.disk, ECHO, vec![], LONG).await;
+        assert_eq!((asked, one.served.load(Ordering::Relaxed)), (Ok(vec![]), 1));
+        assert_eq!(links.peers().len(), 1);
     }
 
     #[tokio::test]
@@ -573,9 +577,37 @@ mod frames {
         for (change, item) in changes {
             let (one, links, _others) = given(change, &[item]).await;
             until(|| links.peers().is_empty()).await;
-            let why = one.told.lock().last().unwrap().1.clone();
-            assert!(why.unwrap().contains("malformed"));
+            let is_told = |(_, why): &(_, Option<String>)| why.as_ref().is_some_and(|why| why.contains("malformed"));
+            until(|| one.told.lock().last().is_some_and(is_told)).await;
             assert_eq!(one.served.load(Ordering::Relaxed), 0);
         }
+    }
+}
+
+/// Prints how many calls a second two nodes of one process make: `cargo test --release -p kuma-cluster -- --ignored --nocapture calls_per_second`.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "a measurement"]
+async fn calls_per_second() {
+    let (nodes, links) = two().await;
+    for callers in [1usize, 64, 256, 1024, 64, 256, 1024] {
+        let before = links[0].peers()[0].bytes_sent;
+        let (until, mut calls) = (Instant::now() + Duration::from_secs(2), JoinSet::new());
+        for _ in 0..callers {
+            let (links, disk) = (links[0].clone(), nodes[1].disk);
+            calls.spawn(async move {
+                let mut latencies = Vec::new();
+                while Instant::now() < until {
+                    let begun = Instant::now();
+                    links.call(disk, LENGTH, vec![0; 200], LONG).await.unwrap();
+                    latencies.push(begun.elapsed());
+                }
+                latencies
+            });
+        }
+        let mut latencies = calls.join_all().await.concat();
+        latencies.sort();
+        let (n, at) = (latencies.len(), |q: usize| latencies[latencies.len() * q / 100]);
+        let bytes = links[0].peers()[0].bytes_sent - before;
+        println!("{callers} callers: {} calls/s, p50 {:?}, p99 {:?}, {bytes} bytes", n / 2, at(50), at(99));
     }
 }
