@@ -103,7 +103,12 @@ async fn settled(nodes: &[&Node]) {
             node.members().into_iter().map(of).collect::<Vec<_>>()
         };
         let wished = |node: &Node| node.members().iter().find(|member| member.is_own).map(|own| own.wished);
-        nodes.iter().all(|node| view(node) == view(nodes[0]) && wished(node) == Some(node.owned()) && node.is_settled())
+        nodes.iter().all(|node| {
+            view(node) == view(nodes[0])
+                && node.members().iter().all(|member| member.is_up)
+                && wished(node) == Some(node.owned())
+                && node.is_settled()
+        })
     })
     .await;
 }

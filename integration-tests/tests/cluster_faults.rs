@@ -49,7 +49,8 @@ async fn settled(nodes: &[&Node]) {
             node.members().into_iter().map(of).collect::<Vec<_>>()
         };
         let wished = |node: &Node| node.members().iter().find(|member| member.is_own).map(|own| own.wished);
-        let at_home = |node: &Node| wished(node) == Some(node.owned()) && node.is_settled();
+        let is_linked = |node: &Node| node.members().iter().all(|member| member.is_up);
+        let at_home = |node: &Node| is_linked(node) && wished(node) == Some(node.owned()) && node.is_settled();
         nodes.iter().all(|node| view(node) == view(nodes[0]) && at_home(node))
     })
     .await;

@@ -317,7 +317,7 @@ impl Flow {
 
     /// Bytes that wait to be sent, and callers that wait for an answer.
     #[cfg(test)]
-    fn load(&self) -> (usize, usize) {
+    pub(super) fn load(&self) -> (usize, usize) {
         let state = self.state.lock();
         (state.requests + state.replies, state.pending.len())
     }

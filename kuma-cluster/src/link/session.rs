@@ -425,7 +425,7 @@ mod tests {
     fn both_sides_keep_the_connection_that_the_lower_disk_dialed() {
         let claim = |is_dialed| Claim { incarnation: 1, is_dialed };
         for (is_lower, keeps_dialed) in [(true, true), (false, false)] {
-            let kept = |old, decision| if decision == Decision::Keep { old } else { !old };
+            let kept = |old: bool, decision| if decision == Decision::Keep { old } else { !old };
             for old in [true, false] {
                 assert_eq!(kept(old, decide(is_lower, claim(old), claim(!old), false)), keeps_dialed);
             }
