@@ -215,8 +215,8 @@ async fn nodes_join_at_once_and_leave_under_load_and_nothing_fails_or_is_lost() 
     let directories: Vec<_> = (0..5).map(|_| directory()).collect();
     let hub = Hub::new();
     let mut nodes = vec![node(hub.node(directories[0].path()), "n0", &[]).await];
-    for number in 1..3 {
-        nodes.push(node(hub.node(directories[number].path()), &format!("n{number}"), &[&nodes[0]]).await);
+    for (number, directory) in directories.iter().enumerate().take(3).skip(1) {
+        nodes.push(node(hub.node(directory.path()), &format!("n{number}"), &[&nodes[0]]).await);
     }
     settled(&nodes.iter().collect::<Vec<_>>()).await;
     let oracle = Arc::new(Oracle::default());

@@ -150,8 +150,8 @@ async fn handoffs_are_finished_or_given_up_by_themselves_when_nodes_are_stopped_
     for number in 0..100 {
         nodes[0].raw("thing", id(number)).append(event(number)).idempotency_key("first").await.unwrap();
     }
-    for number in 1..3 {
-        let next = start(&hub, directories[number].path(), &format!("n{number}"), &[&nodes[0]]).await.unwrap();
+    for (number, directory) in directories.iter().enumerate().take(3).skip(1) {
+        let next = start(&hub, directory.path(), &format!("n{number}"), &[&nodes[0]]).await.unwrap();
         nodes.push(next);
     }
     for _ in 0..6 {

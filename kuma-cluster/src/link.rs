@@ -6,8 +6,8 @@
 //! ```
 //!
 //! The layer beneath is ractor_cluster, which has sessions and addresses actors, and has no limits, no deadlines, no failure detection and no
-//! encryption. So it gets a stream that is encrypted and notices silence ([`noise`]), one remotable actor a node, which takes frames of our own
-//! ([`frame`]), and no more in a frame and under way than the other side has acknowledged ([`flow`]).
+//! encryption. So it gets a stream that is encrypted and notices silence (`noise.rs`), one remotable actor a node, which takes frames of our own
+//! (`frame.rs`), and no more in a frame and under way than the other side has acknowledged (`flow.rs`).
 //!
 //! Invariants:
 //! - Nothing but the Noise handshake is ever sent in the clear, and nobody without the cookie gets past its first message.

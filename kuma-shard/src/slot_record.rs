@@ -169,7 +169,7 @@ pub enum Txn {
         /// The attempt.
         transfer: TransferId,
     },
-    /// A prepared copy becomes the slot. The tombstones of what is erased in it are here already: [`crate::Tombstones::of_copy`].
+    /// A prepared copy becomes the slot. The tombstones of what is erased in it are here already.
     Take {
         /// The attempt.
         transfer: TransferId,

@@ -157,6 +157,7 @@ async fn requests_are_answered_in_both_directions() {
     assert_eq!(links[0].call(DiskId([9; 16]), ECHO, vec![], LONG).await, Err(CallError::NotConnected));
 }
 
+#[allow(clippy::needless_range_loop)] // Each with each.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn three_nodes_of_one_process_reach_each_other_and_nobody_else() {
     let nodes = [Node::new(1, 1), Node::new(2, 1), Node::new(3, 1)];
@@ -565,6 +566,7 @@ mod frames {
         assert_eq!(links.peers().len(), 1);
     }
 
+    #[allow(clippy::type_complexity)]
     #[tokio::test]
     async fn a_frame_that_does_not_fit_closes_the_session() {
         let part = Item { op: Op::Part, code: 0, id: 0, deadline_ms: 0, body: b"not the beginning of an item" };
