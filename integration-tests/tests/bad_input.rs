@@ -363,7 +363,7 @@ async fn a_directory_of_a_newer_version_is_refused_and_left_alone() {
         assert_eq!(
             words,
             format!(
-                "[dir]/{name} has format 4, this version of Kuma reads up to 3; use the newer version, nothing was changed"
+                "[dir]/{name} has format 5, this version of Kuma reads up to 4; use the newer version, nothing was changed"
             )
         );
         fixture.restore();

@@ -178,7 +178,7 @@ async fn the_files_of_a_closed_store() {
         assert_eq!(&header[..16], b"SQLite format 3\0", "{name}");
         assert_eq!(header[16..18], [0x10, 0x00], "{name}: pages of 4096 bytes");
         assert_eq!(header[18..20], [2, 2], "{name}: a write-ahead log");
-        assert_eq!(header[60..64], [0, 0, 0, 3], "{name}: the format");
+        assert_eq!(header[60..64], [0, 0, 0, 4], "{name}: the format");
     }
     assert_eq!(files["keys.watermark"].len(), 128);
     let mode = std::os::unix::fs::PermissionsExt::mode(
