@@ -209,6 +209,8 @@ async fn a_whole_cluster_that_was_stopped_serves_again_when_all_are_back() {
     settled(&[&first, &second]).await;
     for node in [&first, &second] {
         soon("it can be read", async || matches!(node.raw("thing", "a").read().await, Ok((_, Version(1))))).await;
+    }
+    for node in [first, second] {
         node.shutdown().await;
     }
 }

@@ -32,7 +32,7 @@ use crate::{
 /// What a request waits between two attempts: at first hardly, then some more.
 const AGAIN: [Duration; 2] = [Duration::from_millis(1), Duration::from_millis(50)];
 /// An owner whose link broke so long ago is said to be out of reach: a link that can be made again is, in less.
-const UNREACHABLE_AFTER: Duration = Duration::from_millis(1500);
+const UNREACHABLE_AFTER: Duration = Duration::from_secs(1);
 /// And one that there never was a link to, in this run of the node.
 const NEVER_REACHED_AFTER: Duration = Duration::from_secs(5);
 
