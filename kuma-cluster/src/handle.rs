@@ -38,16 +38,21 @@ impl<E> Clone for Handle<E> {
 #[derive(Clone)]
 pub struct RawHandle {
     pub(crate) shared: Arc<Shared>,
-    here: kuma_core::RawHandle,
+    pub(crate) here: kuma_core::RawHandle,
     entity_kind: Arc<str>,
     id: Arc<str>,
     slot: Slot,
-    within: Duration,
+    pub(crate) within: Duration,
 }
 
 impl<E: Entity> Handle<E> {
     pub(crate) fn new(raw: RawHandle) -> Self {
         Handle { raw, entity: PhantomData }
+    }
+
+    /// The handle without the type.
+    pub fn raw(&self) -> &RawHandle {
+        &self.raw
     }
 
     /// How long a request may take before it is given up. Default: 10 seconds.
@@ -178,8 +183,12 @@ impl RawHandle {
     }
 
     async fn ask(&self, ask: Ask) -> Result<Reply, kuma_core::Unavailable> {
+        self.ask_within(ask, self.within).await
+    }
+
+    pub(crate) async fn ask_within(&self, ask: Ask, within: Duration) -> Result<Reply, kuma_core::Unavailable> {
         let request = Request { entity_kind: self.entity_kind.to_string(), id: self.id.to_string(), ask };
-        requests::ask(&self.shared, request, self.within).await
+        requests::ask(&self.shared, request, within).await
     }
 }
 

@@ -16,7 +16,9 @@
 
 mod commands;
 pub mod disks;
+mod erase;
 pub mod erasure;
+mod erasures;
 pub mod handle;
 pub mod handoff;
 pub mod link;

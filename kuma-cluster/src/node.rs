@@ -26,6 +26,7 @@ use crate::{
     commands::Commands,
     disks::Disks,
     erasure::Tombstones,
+    erasures::{self, Erasures},
     handle::{Handle, RawHandle},
     handoff::Safeguards,
     link::Cookie,
@@ -44,6 +45,8 @@ const SEEDS_AGAIN: Duration = Duration::from_millis(500);
 const WELCOME_WITHIN: Duration = Duration::from_secs(5);
 /// What was given away is collected when no slot has moved for so long.
 const QUIET: Duration = Duration::from_secs(1);
+/// Tombstones that a disk which joins is told at once.
+const LEDGER_PAGE: u32 = 1024;
 /// How often what was given away is looked for, beside when it is.
 const COLLECT_EVERY: Duration = Duration::from_secs(30);
 
@@ -457,6 +460,7 @@ impl Node {
         }
         // There is only this one.
         let _ = shared.transport.set(transport);
+        slots.set_other_disks(Erasures::new(&shared));
         for (slot, record) in slots.records() {
             if let Token::Released { epoch, to, is_taken, .. } = record.token {
                 shared.routes.note(slot, epoch, to);
@@ -736,6 +740,8 @@ impl Serve for Server {
 
     fn up(&self, disk: DiskId) {
         self.0.down.lock().remove(&disk);
+        // It may have been waited for.
+        self.0.slots.resume_erasures();
         self.0.wake(RegistryMessage::Up(disk));
     }
 
@@ -803,6 +809,22 @@ async fn serve(shared: &Arc<Shared>, from: DiskId, kind: u8, body: &[u8]) -> Opt
                 disks: state.disks.clone(),
             });
             Some(wire::encode(&welcome))
+        }
+        kind::SHRED => Some(wire::encode(&erasures::serve(shared, from, wire::decode(body)?).await)),
+        kind::LEDGER => match shared.slots.ledger(wire::decode(body)?, LEDGER_PAGE).await {
+            Ok(page) => Some(wire::encode(&page)),
+            Err(error) => {
+                tracing::warn!(target: "kuma::cluster", %error, "what is erased cannot be read for a disk that joins");
+                // Which it cannot read either, and asks again.
+                nothing
+            }
+        },
+        kind::RECEIPTS => {
+            if let Err(error) = shared.slots.keep_receipts(wire::decode(body)?).await {
+                // They come with the slot, or are made anew.
+                tracing::warn!(target: "kuma::cluster", %error, "receipts of another node could not be kept");
+            }
+            nothing
         }
         kind::JOIN => Some(wire::encode(&admit(shared, from, wire::decode(body)?).await)),
         _ => None,

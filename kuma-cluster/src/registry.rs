@@ -18,6 +18,7 @@ use ractor::{Actor, ActorProcessingErr, ActorRef};
 use crate::{
     disks::Join,
     erasure::Tombstones,
+    erasures,
     handoff::Safeguards,
     members::{NodeId, Standing},
     shared::Shared,
@@ -139,13 +140,21 @@ impl RegistryState {
             .iter()
             .map(|disk| async { (*disk, transport.call(*disk, kind::JOIN, request.clone(), JOIN_WITHIN).await) });
         for (disk, reply) in futures_util::future::join_all(asked).await {
-            match reply.ok().and_then(|reply| wire::decode(&reply)) {
+            let reply = reply.ok().and_then(|reply| wire::decode(&reply));
+            if let Some(JoinReply::Admitted { .. }) = &reply
+                && let Err(why) = erasures::take_over_ledger(&shared, disk).await
+            {
+                // Asked again.
+                tracing::warn!(target: "kuma::cluster", node = %shared.name_of(disk), %why, "what is erased at a node could not be learnt");
+                continue;
+            }
+            match reply {
                 Some(JoinReply::Admitted { answer, members }) => {
                     let join = &mut self.join;
                     let kept = shared
                         .change(|state| {
                             state.members.merge(&members);
-                            // A node has no erasures of others to carry out yet: what is erased in a cluster is erased where it is.
+                            // Its tombstones have come before, and their keys have ended here.
                             let _ =
                                 join.answered(&mut state.disks, &Tombstones::default(), disk, &answer, Safeguards::ALL);
                             if state.disks.is_active() {
@@ -191,6 +200,8 @@ impl RegistryState {
             shared.slots.set_gate(*slot, Gate::Open);
             shared.routes.note(*slot, *epoch, shared.own);
         }
+        // What was parked until the gates are open.
+        shared.slots.resume_erasures();
         tracing::info!(target: "kuma::cluster", slots = owns.len(), "this node serves what it owns");
         self.untold = true;
     }
@@ -213,7 +224,7 @@ impl RegistryState {
         let Some(transport) = shared.transport() else { return };
         let may = shared.has_passed.load(SeqCst) && !shared.is_closing.load(SeqCst);
         let mut room = self.moves_max.saturating_sub(shared.moves.lock().len());
-        if !may || room == 0 || shared.slots.is_erasing() {
+        if !may || room == 0 {
             return;
         }
         let now = Instant::now();
@@ -223,7 +234,8 @@ impl RegistryState {
                 return;
             }
             let is_moving = shared.moves.lock().contains_key(&slot);
-            if is_moving || self.left_alone.contains_key(&slot) || !transport.is_up(to) {
+            if is_moving || self.left_alone.contains_key(&slot) || !transport.is_up(to) || shared.slots.is_erasing(slot)
+            {
                 continue;
             }
             let Some(actor) = shared.slot_actor(slot).await else { return };

@@ -24,6 +24,7 @@ use kuma_core::{AppendError, Entity, EntityHash, Gate, ReadError, Refused, Slot,
 
 use crate::{
     commands::Call,
+    erase,
     shared::Shared,
     transport::CallError,
     wire::{self, Ask, Failure, Reply, Request, kind},
@@ -146,6 +147,7 @@ pub(crate) async fn answer(shared: &Arc<Shared>, request: &Request) -> Option<Re
             let appended = async { append.submit().await?.appended().await }.await;
             appended.map(|done| Reply::Appended { version: done.version, repeated: done.repeated })
         }
+        Ask::Erase { .. } | Ask::Recreate { .. } => return erase::answer(shared, request).await,
         Ask::Read => {
             let read = raw.read().await;
             read.map(|(state, version)| Reply::State { state, version }).map_err(AppendError::from)
@@ -218,6 +220,10 @@ pub(crate) fn error_of(entity: EntityHash, failure: Failure) -> AppendError {
         Failure::WrongVersion { expected, actual } => Refused::WrongVersion { entity, expected, actual }.into(),
         Failure::KeyReused { version } => Refused::KeyReused { entity, version }.into(),
         Failure::Erased => Refused::Erased { entity }.into(),
+        Failure::NeverWritten => Refused::NeverWritten { entity }.into(),
+        Failure::NotErased => Refused::NotErased { entity }.into(),
+        Failure::OtherLife { asked, actual } => Refused::OtherLife { entity, asked, actual }.into(),
+        Failure::Unfinished { detail, .. } => AppendError::Unknown { entity, detail, has_key: true },
         Failure::Refused(detail) => Refused::ByOwner { detail }.into(),
         Failure::Unavailable(detail) => Unavailable::AtOwner { detail }.into(),
         Failure::Unknown(detail) => AppendError::Unknown { entity, detail, has_key: true },

@@ -290,12 +290,18 @@ impl SlotState {
                     Err(_) => Input::Abort,
                 });
             }
-            Effect::Unpark => self.shared.slots.set_gate(slot, Gate::Open),
+            Effect::Unpark => {
+                self.shared.slots.set_gate(slot, Gate::Open);
+                if self.shared.slots.is_erasing(slot) {
+                    self.shared.slots.resume_erasures();
+                }
+            }
             // The gate is closed, and the way to the new owner is known: whoever waited goes there.
             Effect::Forward(_) => self.shared.slots.set_gate(slot, Gate::Closed),
             // The gate is sealed: nobody has been let in since.
             Effect::StopReads => {}
             Effect::Serve => {
+                self.shared.slots.take_over(slot);
                 self.shared.slots.set_gate(slot, Gate::Open);
                 if let Some(epoch) = self.handoff.record.owned() {
                     self.shared.cast_all(kind::OWNS, &[(slot, epoch)]);
@@ -328,7 +334,7 @@ impl SlotState {
         self.copying = None;
         match copy {
             // What is being erased changes under the copy.
-            Ok(Caught { copy, leave }) if !copy.is_stale() && !self.shared.slots.is_erasing() => {
+            Ok(Caught { copy, leave }) if !copy.is_stale() && !self.shared.slots.is_erasing(self.slot) => {
                 (self.copy, self.leave) = (Some(copy), Some(leave));
                 self.put_in(me, Input::Seal).await;
             }
@@ -352,7 +358,7 @@ impl SlotState {
         if let Some(rest) = copy.rest().await.map_err(|error| error.to_string())? {
             send(&self.shared, slot, out.transfer, out.to, rest).await?;
         }
-        match copy.is_stale() || self.shared.slots.is_erasing() {
+        match copy.is_stale() || self.shared.slots.is_erasing(slot) {
             true => Err("something in it is being erased".to_owned()),
             false => Ok(content),
         }

@@ -2,7 +2,7 @@
 //!
 //! Bytes from another node are never trusted to be well-formed: what cannot be read is answered by "not known", and dropped.
 
-use kuma_core::{DiskId, Epoch, Metadata, NewEvent, Slot, SlotChunk, TransferId, Version};
+use kuma_core::{DiskId, Epoch, ErasedLife, Metadata, NewEvent, Reason, Slot, SlotChunk, TransferId, Version};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::{
@@ -27,6 +27,12 @@ pub mod kind {
     pub const WELCOME: u8 = 6;
     /// A new disk asks to take part.
     pub const JOIN: u8 = 7;
+    /// Lives whose keys are to be destroyed.
+    pub const SHRED: u8 = 8;
+    /// A page of what is erased, for a disk that joins.
+    pub const LEDGER: u8 = 9;
+    /// Receipts of erasures.
+    pub const RECEIPTS: u8 = 10;
 }
 
 /// What each side says first.
@@ -88,6 +94,20 @@ pub enum ChunkReply {
     Kept,
     /// It is not wanted, or does not fit.
     Refused(String),
+}
+
+/// Lives that are erased: the tombstones are to be held, and the keys destroyed in whatever copy.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShredFrame {
+    /// Which.
+    pub lives: Vec<ErasedLife>,
+}
+
+/// Of which it is done, durably.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShredReply {
+    /// The names of the keys, with the receipts of erasures that had been finished before.
+    pub done: Vec<([u8; 16], Option<String>)>,
 }
 
 /// What a new node is told.
@@ -156,6 +176,18 @@ pub enum Ask {
     },
     /// The state.
     Read,
+    /// Erase it on every node.
+    Erase {
+        /// Why.
+        reason: Reason,
+        /// Which life of it; none: the one that it has.
+        life: Option<u32>,
+    },
+    /// Begin a new life of what is erased.
+    Recreate {
+        /// Why.
+        reason: Reason,
+    },
     /// Decide a command.
     Execute {
         /// Its name.
@@ -199,6 +231,16 @@ pub enum Reply {
         /// Whether it had happened before.
         repeated: bool,
     },
+    /// It is erased on every node.
+    Erased {
+        /// The receipt, as text.
+        receipt: String,
+    },
+    /// A new life has begun.
+    Recreated {
+        /// Its number.
+        life: u32,
+    },
     /// The command was rejected; why, as MessagePack.
     Rejected(#[serde(with = "serde_bytes")] Vec<u8>),
     /// The slot is not this node's; whose it is, as far as this node knows.
@@ -227,6 +269,24 @@ pub enum Failure {
     },
     /// The entity was erased.
     Erased,
+    /// There is nothing to erase.
+    NeverWritten,
+    /// It was not erased, and has no new life for that.
+    NotErased,
+    /// It has another life than the one that was to be erased.
+    OtherLife {
+        /// The life that was to be erased.
+        asked: u32,
+        /// The life that it has.
+        actual: u32,
+    },
+    /// The erasure has begun and goes on by itself.
+    Unfinished {
+        /// The name of the erasure.
+        receipt_id: [u8; 16],
+        /// What is in the way.
+        detail: String,
+    },
     /// Something else that a repetition does not mend.
     Refused(String),
     /// It cannot be done now; nothing was done.

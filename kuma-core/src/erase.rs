@@ -103,6 +103,8 @@ impl RawHandle {
         reason.check()?;
         self.check_writable()?;
         let who = self.who()?;
+        // In this order: whoever closes the slot's gate waits for work that has begun.
+        let _working = self.store().erasing().work_in(who.identity.slot);
         let core = self.core()?;
         let (entity, kind) = (who.identity.hash, who.kind.name());
         let unreadable = |error: kuma_shard::ReadError| EraseError::from(ReadError::unreadable(entity, error));

@@ -14,7 +14,7 @@
 //! - Each step can be repeated: it does what is left.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     sync::{Arc, Weak},
     time::{Duration, Instant},
 };
@@ -32,6 +32,7 @@ use crate::{
     EraseError, ReadError, Reason, Receipt, ReceiptId, Refused, Unavailable, VaultError,
     audit::{AuditEvent, patiently},
     durable::DurableSubscriptions,
+    elsewhere::{Elsewhere, ErasedLife},
     ledger::text_of,
     model_dir::ModelDir,
     projections::PurgedModel,
@@ -39,7 +40,7 @@ use crate::{
     receipt::{LastBackups, Statement, StoreOutcome},
     replay::Opener,
     restore_to::{self, Replaced, RestoreRequest, Restored},
-    shard_core::{Erasing, Fate, ShardCore},
+    shard_core::{Erasing, Fate, ShardCore, Working},
     store::{self, Inner},
 };
 
@@ -63,6 +64,8 @@ pub(crate) enum EraserMessage {
     Flush,
     /// Go on with what is not finished.
     Resume,
+    /// There are tombstones that subscribers are to be told of.
+    Told,
     /// A subscriber has confirmed the erasures whose tombstones have these numbers: the ones behind `after`, up to `last`.
     Confirmed { who: String, after: i64, last: i64, done: oneshot::Sender<()> },
 }
@@ -98,6 +101,8 @@ pub(crate) struct EraserState {
     uncertain: bool,
     /// How often in a row something was left unfinished.
     retries: u32,
+    /// Lives that are gone here, and that other disks have not answered of.
+    elsewhere: HashSet<[u8; 16]>,
 }
 
 impl EraserState {
@@ -113,6 +118,7 @@ impl EraserState {
             resume_queued: owing,
             uncertain: false,
             retries: 0,
+            elsewhere: HashSet::new(),
         }
     }
 }
@@ -158,6 +164,7 @@ impl Actor for Eraser {
                 state.resume_queued = false;
                 state.resume().await;
             }
+            EraserMessage::Told => state.tell().await,
             EraserMessage::Confirmed { who, after, last, done } => {
                 if let Err(error) = state.confirm(&who, after, last).await {
                     // Then it is done again when the subscription is opened again.
@@ -193,12 +200,37 @@ struct Job {
     /// Why it cannot be finished now.
     obstacle: Option<String>,
     receipt: Option<Receipt>,
+    /// Keeps the slot here while its rows change.
+    working: Option<Working>,
+    /// Whether nothing of it is on this disk any more.
+    is_gone_here: bool,
+    /// Kind and id, for read models on other nodes.
+    name: Option<(String, String)>,
+    /// Other nodes that have no key any more, and disks that were not asked.
+    nodes: Vec<String>,
+    without: Vec<String>,
 }
 
 impl Job {
     fn new(tombstone: Tombstone, core: Option<Arc<ShardCore>>, reason: Option<Arc<Reason>>) -> Self {
         let (waiting, rows, models, pending) = (Vec::new(), ErasedRows::default(), Vec::new(), Vec::new());
-        Job { tombstone, core, reason, waiting, rows, models, pending, row: None, obstacle: None, receipt: None }
+        Job {
+            tombstone,
+            core,
+            reason,
+            waiting,
+            rows,
+            models,
+            pending,
+            row: None,
+            obstacle: None,
+            receipt: None,
+            working: None,
+            is_gone_here: false,
+            name: None,
+            nodes: Vec::new(),
+            without: Vec::new(),
+        }
     }
 
     fn entity(&self) -> EntityHash {
@@ -266,7 +298,7 @@ impl EraserState {
         let requests = std::mem::take(&mut self.pending);
         // Nobody is left to be told either.
         let Some(inner) = self.store.upgrade() else { return };
-        let mut jobs = self.resolve(requests, inner.now_us()).await;
+        let mut jobs = self.resolve(&inner, requests).await;
         if jobs.is_empty() {
             return;
         }
@@ -284,6 +316,9 @@ impl EraserState {
                     };
                     // A caller that is gone does not want to know.
                     job.waiting.drain(..).for_each(|reply| drop(reply.send(Err(error()))));
+                    if let Some(working) = job.working.take().filter(|_| !is_known) {
+                        self.erasing.hold(job.tombstone.key_id, working);
+                    }
                 }
             }
         }
@@ -294,17 +329,24 @@ impl EraserState {
     }
 
     /// Finds out what each request is about, and answers those that need no work.
-    async fn resolve(&self, requests: Vec<Request>, at_us: i64) -> Vec<Job> {
+    async fn resolve(&self, inner: &Inner, requests: Vec<Request>) -> Vec<Job> {
+        let at_us = inner.now_us();
         let mut jobs: Vec<Job> = Vec::new();
         let mut by_key: HashMap<[u8; 16], usize> = HashMap::new();
         for Request { entity, core, slot, life, reason, reply } in requests {
-            match self.look_up(&core, entity, slot, life, reason, at_us).await {
+            // In this order: whoever closes the gate waits for work that has begun.
+            let working = self.erasing.work_in(slot);
+            let found = match inner.gates().check(slot) {
+                Ok(()) => self.look_up(&core, entity, slot, life, reason, at_us).await,
+                Err(elsewhere) => Err(elsewhere.into()),
+            };
+            match found {
                 Ok(Found::Done(receipt)) => drop(reply.send(Ok(*receipt))),
                 Ok(Found::ToDo(job)) => {
                     // The same entity may be asked for twice.
                     let index = *by_key.entry(job.tombstone.key_id).or_insert(jobs.len());
                     if index == jobs.len() {
-                        jobs.push(*job);
+                        jobs.push(Job { working: Some(working), ..*job });
                     }
                     jobs[index].waiting.push(reply);
                 }
@@ -389,17 +431,25 @@ impl EraserState {
     /// Replaces the life of an entity, and erases the former one.
     async fn restore(&mut self, request: RestoreRequest) {
         let Some(inner) = self.store.upgrade() else { return };
-        let restored = match restore_to::replace(&inner, &self.node, &self.erasing, &request).await {
+        let (entity, slot) = (request.who.identity.hash, request.who.identity.slot);
+        let working = self.erasing.work_in(slot);
+        let replaced = match inner.gates().check(slot) {
+            Ok(()) => restore_to::replace(&inner, &self.node, &self.erasing, &request).await,
+            Err(elsewhere) => Err(elsewhere.into()),
+        };
+        let restored = match replaced {
             Ok(Replaced { tombstone, life }) => {
                 let (reply, receipt) = oneshot::channel();
                 let mut job = Job::new(tombstone, Some(request.core.clone()), Some(request.reason.clone()));
+                job.working = Some(working);
                 job.waiting.push(reply);
                 self.carry_out(&inner, vec![job]).await;
                 let receipt = receipt.await.unwrap_or_else(|_| Err(Unavailable::ShuttingDown.into()));
                 receipt.map(|receipt| Restored { life, version: request.version, receipt })
             }
             Err(error) => {
-                // What is not certain is found out.
+                // What is not certain is found out; the slot stays until then.
+                self.erasing.hold(entity.0, working);
                 self.owing = true;
                 Err(error)
             }
@@ -421,17 +471,45 @@ impl EraserState {
             }
         };
         self.owing = false;
-        unfinished.iter().for_each(|tombstone| self.erasing.entomb(tombstone));
+        let (own, others): (Vec<Tombstone>, Vec<Tombstone>) =
+            unfinished.into_iter().partition(|tombstone| inner.owns(tombstone.slot));
+        self.leave_to_others(&own, others);
+        own.iter().for_each(|tombstone| self.erasing.entomb(tombstone));
         self.uncertain = false;
         self.tell().await;
-        let mut left = unfinished.into_iter().peekable();
-        while left.peek().is_some() {
-            let batch = left.by_ref().take(BATCH_MAX);
-            let job = |tombstone: Tombstone| Job::new(tombstone, inner.core_of_slot(tombstone.slot), None);
-            let jobs: Vec<Job> = batch.map(job).collect();
-            self.carry_out(&inner, jobs).await;
+        let are_up = inner.other_disks().is_none_or(|others| others.are_up());
+        let mut left = own.into_iter().filter(|tombstone| are_up || !self.elsewhere.contains(&tombstone.key_id));
+        let left: Vec<Tombstone> = left.by_ref().collect();
+        self.owing |= !are_up && !self.elsewhere.is_empty();
+        for batch in left.chunks(BATCH_MAX) {
+            let mut jobs = Vec::with_capacity(batch.len());
+            for tombstone in batch {
+                let working = self.erasing.work_in(tombstone.slot);
+                match inner.gates().check(tombstone.slot) {
+                    Ok(()) => {
+                        let job = Job::new(*tombstone, inner.core_of_slot(tombstone.slot), None);
+                        jobs.push(Job { working: Some(working), ..job });
+                    }
+                    // The slot is about to leave, or is not served yet.
+                    Err(_) => self.owing = true,
+                }
+            }
+            if !jobs.is_empty() {
+                self.carry_out(&inner, jobs).await;
+            }
         }
         self.retries = if self.owing { self.retries + 1 } else { 0 };
+    }
+
+    /// Erasures in slots that are another node's are that one's to go on with.
+    fn leave_to_others(&mut self, own: &[Tombstone], others: Vec<Tombstone>) {
+        for tombstone in others {
+            self.erasing.remove(tombstone.key_id);
+            self.erasing.owe(tombstone);
+        }
+        let own: HashSet<[u8; 16]> = own.iter().map(|tombstone| tombstone.key_id).collect();
+        self.elsewhere.retain(|key_id| own.contains(key_id));
+        self.erasing.hold_only(|key_id| own.contains(&key_id));
     }
 
     /// Has subscribers told of all tombstones.
@@ -486,6 +564,13 @@ impl EraserState {
         fail_point!("erase.rows_erased");
         cut_logs(&mut jobs).await;
         fail_point!("erase.logs_cut");
+        for job in jobs.iter_mut().filter(|job| job.obstacle.is_none()) {
+            job.is_gone_here = true;
+            // From here on the slot may leave: its next owner finds what is not finished.
+            job.working = None;
+            self.erasing.let_go(job.tombstone.key_id);
+        }
+        shred_elsewhere(inner, &mut jobs).await;
         if let Err(error) = ask_subscribers(inner, &mut jobs).await {
             jobs.iter_mut().for_each(|job| job.block(&error));
         }
@@ -563,16 +648,15 @@ impl EraserState {
         });
         try_join_all(completed).await.map_err(|error| words(&error))?;
         fail_point!("erase.attested");
-        let row = |(job, receipt): (&&Job, &Receipt)| {
-            let Tombstone { receipt_id, key_id, .. } = job.tombstone;
-            Ok(ReceiptRow { receipt_id, key_id, body: serde_json::to_string(receipt)? })
-        };
-        let rows: Result<Vec<ReceiptRow>, serde_json::Error> = complete.iter().zip(&receipts).map(row).collect();
-        let rows = rows.map_err(|error| words(&error))?;
+        let rows = complete_receipts(&complete, &receipts)?;
         if !rows.is_empty() {
             self.node.finish(rows).await.map_err(|error| words(&error))?;
         }
         fail_point!("erase.finished");
+        if let Some(others) = inner.other_disks() {
+            let told = complete_receipts(&complete, &receipts)?;
+            others.tell(told.into_iter().map(Into::into).collect());
+        }
         let complete = jobs.iter_mut().filter(|job| job.obstacle.is_none());
         complete.zip(receipts).for_each(|(job, receipt)| job.receipt = Some(receipt));
         Ok(())
@@ -587,6 +671,7 @@ impl EraserState {
             let outcome = match job.receipt.filter(|_| job.obstacle.is_none()) {
                 Some(receipt) => {
                     self.erasing.remove(job.tombstone.key_id);
+                    self.elsewhere.remove(&job.tombstone.key_id);
                     metrics.erasures_completed.increment(1);
                     metrics.erase_seconds.record(began.elapsed());
                     tracing::info!(%entity, %receipt_id, commits = job.rows.commits, "an entity was erased");
@@ -595,6 +680,11 @@ impl EraserState {
                 None => {
                     self.owing = true;
                     let detail = job.obstacle.unwrap_or_default();
+                    match job.working {
+                        Some(working) => self.erasing.hold(job.tombstone.key_id, working),
+                        None if job.is_gone_here => drop(self.elsewhere.insert(job.tombstone.key_id)),
+                        None => {}
+                    }
                     metrics.erasures_interrupted.increment(1);
                     tracing::debug!(%entity, %receipt_id, %detail, "an erasure is not complete");
                     interrupted.get_or_insert_with(|| (0, detail.clone())).0 += 1;
@@ -636,6 +726,15 @@ enum Found {
 /// that is destroyed says that this was done.
 async fn purge_models(inner: &Arc<Inner>, jobs: &mut [Job]) -> Result<(), String> {
     let models = ModelDir::all(inner.data_dir()).map_err(|error| format!("the files of projections: {error}"))?;
+    if inner.is_clustered() {
+        // Models on other nodes may hold it.
+        for job in jobs.iter_mut() {
+            match purged_life(inner, job).await {
+                Ok(life) => job.name = life.map(|life| (life.entity.kind.to_string(), life.entity.id.to_string())),
+                Err(why) => job.block(&why),
+            }
+        }
+    }
     if models.is_empty() && !DurableSubscriptions::exist(inner.data_dir())? {
         return Ok(());
     }
@@ -693,6 +792,37 @@ async fn purged_life(inner: &Inner, job: &Job) -> Result<Option<PurgedLife>, Str
     Ok(Some(PurgedLife { key_id, entity: Purged { key_id, kind, id: id.into(), hash: id_hash } }))
 }
 
+/// Has the other disks of the cluster take their part.
+async fn shred_elsewhere(inner: &Inner, jobs: &mut [Job]) {
+    if !inner.is_clustered() {
+        return;
+    }
+    let mut here: Vec<&mut Job> = jobs.iter_mut().filter(|job| job.obstacle.is_none()).collect();
+    let Some(others) = inner.other_disks() else {
+        return here.iter_mut().for_each(|job| job.block(&"this node does not take part in its cluster yet"));
+    };
+    let lives = here.iter().map(|job| ErasedLife { name: job.name.clone(), ..job.tombstone.into() }).collect();
+    let told = others.shred(lives).await;
+    for (job, told) in here.into_iter().zip(told) {
+        match told {
+            Elsewhere::Ended { nodes, without, receipt } => {
+                (job.nodes, job.without) = (nodes, without);
+                job.receipt = receipt.and_then(|body| body.parse().ok());
+            }
+            Elsewhere::Waiting(why) => job.block(&why),
+        }
+    }
+}
+
+fn complete_receipts(complete: &[&Job], receipts: &[Receipt]) -> Result<Vec<ReceiptRow>, String> {
+    let row = |(job, receipt): (&&Job, &Receipt)| {
+        let Tombstone { receipt_id, key_id, .. } = job.tombstone;
+        Ok(ReceiptRow { receipt_id, key_id, body: serde_json::to_string(receipt)? })
+    };
+    let rows: Result<Vec<ReceiptRow>, serde_json::Error> = complete.iter().zip(receipts).map(row).collect();
+    rows.map_err(|error| error.to_string())
+}
+
 async fn destroy_keys(inner: &Inner, jobs: &[Job]) -> Result<(), CommitError> {
     let keys = &inner.vault().keys;
     keys.destroy(jobs.iter().map(|job| job.tombstone.key_id).collect()).await?;
@@ -738,7 +868,7 @@ async fn ask_subscribers(inner: &Arc<Inner>, jobs: &mut [Job]) -> Result<(), Str
 
 /// What a receipt says.
 fn state(inner: &Inner, job: &Job, backups: LastBackups) -> Statement {
-    let Job { tombstone, rows, models, row, core, .. } = job;
+    let Job { tombstone, rows, models, row, core, nodes, without, .. } = job;
     let store = |store: &str, outcome: &str| StoreOutcome {
         store: store.to_owned(),
         outcome: outcome.to_owned(),
@@ -760,6 +890,10 @@ fn state(inner: &Inner, job: &Job, backups: LastBackups) -> Statement {
     };
     let mut stores = vec![store("memory", "taken out of memory"), store("keys.db", "key destroyed; log cut"), in_shard];
     stores.extend(models.iter().map(|model| store(&model.file, model.outcome)));
+    stores.extend(nodes.iter().map(|node| store(&format!("node {node}"), "key destroyed in every copy; log cut")));
+    stores.extend(
+        without.iter().map(|disk| store(&format!("disk {disk}"), "attested to be destroyed; it was not asked")),
+    );
     Statement {
         format: 0,
         id: job.receipt_id(),

@@ -47,6 +47,7 @@ mod body;
 mod checkpoint;
 mod command;
 mod durable;
+mod elsewhere;
 mod entity;
 mod erase;
 mod erasure;
@@ -112,6 +113,7 @@ pub use backup::{
 pub use checkpoint::{Checkpoint, CheckpointError};
 pub use command::{Command, ExecuteError, Executed};
 pub use durable::{DurableError, DurableSubscription, OpenDurable, Parked, SubscriptionStatus};
+pub use elsewhere::{Elsewhere, ErasedLife, OtherDisks, ToldReceipt};
 pub use entity::{Entity, Metadata, NewEvent, RecordedEvent, Version};
 pub use erase::ErasedMany;
 pub use error::{AppendError, EraseError, ReadError, Refused, ReplayError, StartError, Unavailable, VaultError};

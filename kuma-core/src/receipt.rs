@@ -232,7 +232,7 @@ impl FromStr for Receipt {
 }
 
 /// Who asks for an erasure, and why: for the audit log, which is never erased. **Name neither the person nor the entity in it.**
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Reason {
     pub(crate) why: String,
     pub(crate) by: Option<String>,

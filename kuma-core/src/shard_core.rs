@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use kuma_shard::{Activation, EntityHash, EntityRow, NodeStore, Shard, Submission, Tombstone};
+use kuma_shard::{Activation, EntityHash, EntityRow, NodeStore, Shard, Slot, Submission, Tombstone};
 use parking_lot::Mutex;
 use ractor::ActorRef;
 use tokio::sync::{oneshot, watch};
@@ -74,6 +74,32 @@ struct Lives {
     ended: AtomicU64,
     /// Lives whose tombstones have this number, or a smaller one, are acted on: subscribers can be told.
     entombed: watch::Sender<i64>,
+    /// Slots in which lives are on their way out, with how many: such a slot does not leave.
+    working: watch::Sender<HashMap<Slot, usize>>,
+    /// Lives that were not finished, and keep their slots here until they are.
+    stuck: Mutex<HashMap<[u8; 16], Working>>,
+    /// Erasures that this node goes on with should their slots come to it.
+    owed: Mutex<HashMap<Slot, Vec<Tombstone>>>,
+}
+
+/// A life of this slot is on its way out, for as long as this is held.
+pub(crate) struct Working {
+    lives: std::sync::Weak<Lives>,
+    slot: Slot,
+}
+
+impl Drop for Working {
+    fn drop(&mut self) {
+        let Some(lives) = self.lives.upgrade() else { return };
+        lives.working.send_modify(|working| {
+            if let Some(count) = working.get_mut(&self.slot) {
+                *count -= 1;
+                if *count == 0 {
+                    working.remove(&self.slot);
+                }
+            }
+        });
+    }
 }
 
 /// What becomes of a life.
@@ -109,6 +135,63 @@ impl Erasing {
 
     pub(crate) fn remove(&self, key_id: [u8; 16]) {
         self.0.ending.lock().remove(&key_id);
+    }
+
+    /// A life has ended whose rows are not here: whoever keeps its key gives it up.
+    pub(crate) fn note_end(&self) {
+        self.0.ended.fetch_add(1, Relaxed);
+    }
+
+    /// Work in a slot begins. To be called before the slot's gate is looked at: whoever closes it waits for what has begun.
+    pub(crate) fn work_in(&self, slot: Slot) -> Working {
+        self.0.working.send_modify(|working| *working.entry(slot).or_default() += 1);
+        Working { lives: Arc::downgrade(&self.0), slot }
+    }
+
+    /// The work is not at its end, although nobody is at it: the slot stays until it is.
+    pub(crate) fn hold(&self, key_id: [u8; 16], working: Working) {
+        self.0.stuck.lock().insert(key_id, working);
+    }
+
+    /// Lives of which this says no are not held any more.
+    pub(crate) fn hold_only(&self, is_held: impl Fn([u8; 16]) -> bool) {
+        let ended: Vec<Working> =
+            self.0.stuck.lock().extract_if(|key_id, _| !is_held(*key_id)).map(|(_, held)| held).collect();
+        drop(ended);
+    }
+
+    /// What was held is at its end.
+    pub(crate) fn let_go(&self, key_id: [u8; 16]) {
+        let held = self.0.stuck.lock().remove(&key_id);
+        drop(held);
+    }
+
+    /// Whether there is work in a slot.
+    pub(crate) fn is_at_work(&self, slot: Slot) -> bool {
+        self.0.working.borrow().contains_key(&slot)
+    }
+
+    /// Returns when there is no work in a slot.
+    pub(crate) async fn at_rest(&self, slot: Slot) {
+        let mut working = self.0.working.subscribe();
+        // Its sender is `self`: it is there.
+        let _ = working.wait_for(|working| !working.contains_key(&slot)).await;
+    }
+
+    /// Is gone on with should its slot come here.
+    pub(crate) fn owe(&self, tombstone: Tombstone) {
+        let mut owed = self.0.owed.lock();
+        let of_slot = owed.entry(tombstone.slot).or_default();
+        if !of_slot.iter().any(|known| known.key_id == tombstone.key_id) {
+            of_slot.push(tombstone);
+        }
+    }
+
+    /// A slot has come here: whether there is something to go on with. From now on those lives are nobody's.
+    pub(crate) fn take_over(&self, slot: Slot) -> bool {
+        let owed = self.0.owed.lock().remove(&slot).unwrap_or_default();
+        owed.iter().for_each(|tombstone| self.entomb(tombstone));
+        !owed.is_empty()
     }
 
     pub(crate) fn fate(&self, key_id: [u8; 16]) -> Option<Fate> {

@@ -14,17 +14,23 @@
 //! - A key is taken away only if this disk has no right to the slot and no other copy of it.
 //! - When [`Slots::seal`] returns, nothing of the slot is on its way: what is on the disk is all that was ever acknowledged.
 
-use std::{collections::HashSet, sync::Arc};
+use std::{
+    collections::{BTreeSet, HashSet},
+    sync::Arc,
+};
 
 use kuma_crypto::{DataKey, IdSecret, KeyId, Secret32};
 use kuma_shard::{
-    CommitError, Content, DiskId, EntityHash, EntityRow, Epoch, NotWritten, ReadBack, ReadError, Slot, SlotRecord,
-    SlotRows, Token, TransferId, Txn,
+    CommitError, Content, DiskId, EntityHash, EntityRow, Epoch, NodeStore, NotWritten, ReadBack, ReadError, Slot,
+    SlotRecord, SlotRows, Token, Tombstone, TransferId, Txn,
 };
 use serde::{Deserialize, Serialize};
-use tokio::sync::{Mutex, oneshot};
+use tokio::sync::{Mutex, MutexGuard, oneshot};
 
-use crate::{Kuma, VaultError, gates::Gate, shard_core::ShardCore, store::Inner, supervisor::SupervisorMessage};
+use crate::{
+    Kuma, ToldReceipt, VaultError, elsewhere::ErasedLife, gates::Gate, shard_core::ShardCore, store::Inner,
+    supervisor::SupervisorMessage,
+};
 
 /// Keys of slots are put in and taken away one at a time, by these.
 const LOCKS: usize = 64;
@@ -115,6 +121,9 @@ pub struct SlotChunk {
     pub rows: SlotRows,
     /// The keys of those entities.
     pub keys: Vec<SlotKey>,
+    /// Those of them that are erased, with their receipts if they have any.
+    #[serde(default)]
+    pub erased: Vec<(ErasedLife, Option<String>)>,
 }
 
 impl SlotChunk {
@@ -132,7 +141,7 @@ impl SlotChunk {
 /// What a cluster does with the slots of a store.
 #[derive(Clone)]
 pub struct Slots {
-    inner: Arc<Inner>,
+    pub(crate) inner: Arc<Inner>,
 }
 
 /// What serialises the keys of slots.
@@ -145,6 +154,16 @@ impl KeyLocks {
 
     fn of(&self, slot: Slot) -> &Mutex<()> {
         &self.0[usize::from(slot.number()) % LOCKS]
+    }
+
+    /// Of several slots, always in the same order.
+    pub(crate) async fn all_of(&self, slots: impl IntoIterator<Item = Slot>) -> Vec<MutexGuard<'_, ()>> {
+        let places: BTreeSet<usize> = slots.into_iter().map(|slot| usize::from(slot.number()) % LOCKS).collect();
+        let mut held = Vec::with_capacity(places.len());
+        for place in places {
+            held.push(self.0[place].lock().await);
+        }
+        held
     }
 }
 
@@ -197,11 +216,6 @@ impl Slots {
     /// Cancel safe.
     pub async fn decided(&self, slot: Slot) -> Gate {
         self.inner.gates().decided(slot).await
-    }
-
-    /// Whether entities are being erased, or replaced, in this store: their rows change.
-    pub fn is_erasing(&self) -> bool {
-        self.inner.erasing().len() > 0
     }
 
     /// Makes slots be found fast. To be called once after the store was opened.
@@ -266,6 +280,7 @@ impl Slots {
             // Dropped only with the supervisor, and then the entities are gone too.
             let _ = gone.await;
         }
+        self.inner.erasing().at_rest(slot).await;
         core.settled(&Arc::new(kuma_shard::Activation::at(0))).await;
         let record = core.shard.slot(slot).ok_or(SlotError::OutOfUse { slot })?;
         Ok(record.content)
@@ -284,7 +299,8 @@ impl Slots {
         let mut positions = core.shard.positions_of(&entities).await.map_err(failed)?;
         // What comes later is read from the log.
         positions.retain(|position| *position <= after);
-        Ok(SlotCopy { core, slot, positions, done: 0, after, erasures, sent: HashSet::new() })
+        let node = self.inner.node().clone();
+        Ok(SlotCopy { core, node, slot, positions, done: 0, after, erasures, sent: HashSet::new() })
     }
 
     /// Keeps a piece of a slot that came in: its keys, then its rows. Durable when this returns.
@@ -294,23 +310,45 @@ impl Slots {
     pub async fn receive(&self, slot: Slot, transfer: TransferId, chunk: SlotChunk) -> Result<(), SlotError> {
         let core = self.core(slot)?;
         let _locked = self.inner.key_locks().of(slot).lock().await;
-        let failed = |detail: String| SlotError::Node { detail };
-        let mut keys = Vec::with_capacity(chunk.keys.len());
-        for key in &chunk.keys {
-            let tombstone = self.inner.node().tombstone_number(key.key_id).await;
-            if tombstone.map_err(|error| failed(error.to_string()))?.is_none() {
-                keys.push((
-                    key.entity,
-                    KeyId(key.key_id),
-                    DataKey::from(Secret32::from_bytes(&key.key)),
-                    key.created_at_us,
-                ));
-            }
-        }
+        let entombed = self.entomb_with(&chunk).await.map_err(|detail| SlotError::Node { detail })?;
+        let let_in = chunk.keys.iter().filter(|key| !entombed.contains(&key.key_id));
+        let keys: Vec<_> = let_in
+            .map(|key| {
+                let secret = DataKey::from(Secret32::from_bytes(&key.key));
+                (key.entity, KeyId(key.key_id), secret, key.created_at_us)
+            })
+            .collect();
         let vault = self.inner.vault();
         vault.install(&keys).await.map_err(|cause| SlotError::Keys { slot, cause })?;
         let kept = core.shard.receive(slot, transfer, chunk.rows).await;
         kept.map_err(|cause| SlotError::Commit { slot, cause })
+    }
+
+    /// Keeps the tombstones that come with a piece. Keys in it that must not be kept, because there is a tombstone here.
+    async fn entomb_with(&self, chunk: &SlotChunk) -> Result<HashSet<[u8; 16]>, String> {
+        let (node, erasing) = (self.inner.node(), self.inner.erasing());
+        let words = |error: &dyn std::fmt::Display| error.to_string();
+        let (finished, open): (Vec<_>, Vec<_>) = chunk.erased.iter().partition(|(_, receipt)| receipt.is_some());
+        let mut owed: Vec<Tombstone> = open.into_iter().map(|(life, _)| life.into()).collect();
+        if !finished.is_empty() {
+            let tombstones = finished.iter().map(|(life, _)| life.into()).collect();
+            node.learn(tombstones).await.map_err(|error| words(&error))?;
+            let told = finished.iter().filter_map(|(life, receipt)| {
+                let ErasedLife { receipt_id, key_id, .. } = *life;
+                Some(ToldReceipt { receipt_id, key_id, body: receipt.clone()? })
+            });
+            node.finish(told.map(Into::into).collect()).await.map_err(|error| words(&error))?;
+        }
+        let key_ids: Vec<[u8; 16]> = chunk.keys.iter().map(|key| key.key_id).collect();
+        let here = node.tombstones_by_key(&key_ids).await.map_err(|error| words(&error))?;
+        let entombed = here.iter().map(|tombstone| tombstone.key_id).collect();
+        // Their rows are there, and their erasure is to be gone on with.
+        owed.extend(here);
+        if !owed.is_empty() {
+            node.owe(owed.clone()).await.map_err(|error| words(&error))?;
+            owed.into_iter().for_each(|tombstone| erasing.owe(tombstone));
+        }
+        Ok(entombed)
     }
 
     /// Reads back what came in under `transfer`, on top of what was read back before.
@@ -398,6 +436,7 @@ impl Slots {
 /// A slot that is copied out: what there was when it began, and what was committed since.
 pub struct SlotCopy {
     core: Arc<ShardCore>,
+    node: NodeStore,
     slot: Slot,
     /// Of the rows that there were.
     positions: Vec<u64>,
@@ -481,8 +520,22 @@ impl SlotCopy {
                 Err(cause) => return Err(SlotError::Keys { slot, cause }),
             }
         }
-        Ok(SlotChunk { rows, keys })
+        let gone = rows.entities.iter().filter(|entity| entity.erased_at_us.is_some());
+        let erased = erased(&self.node, gone.map(|entity| entity.key_id).collect()).await;
+        let erased = erased.map_err(|detail| SlotError::Node { detail })?;
+        Ok(SlotChunk { rows, keys, erased })
     }
+}
+
+/// What is known of lives that are erased.
+async fn erased(node: &NodeStore, key_ids: Vec<[u8; 16]>) -> Result<Vec<(ErasedLife, Option<String>)>, String> {
+    let words = |error: &dyn std::fmt::Display| error.to_string();
+    let mut erased = Vec::with_capacity(key_ids.len());
+    for tombstone in node.tombstones_by_key(&key_ids).await.map_err(|error| words(&error))? {
+        let receipt = node.receipt(tombstone.receipt_id).await.map_err(|error| words(&error))?;
+        erased.push((tombstone.into(), receipt));
+    }
+    Ok(erased)
 }
 
 /// The secret of a cluster's id hashes, as it came from another node.

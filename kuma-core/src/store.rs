@@ -22,6 +22,7 @@ use crate::{
     Entity, Handle, KindOptions, Options, RawHandle, Refused, Seat, StartError, Unavailable, VaultError,
     body::Limits,
     durable::DurableSubscriptions,
+    elsewhere::OtherDisks,
     erasure::{Eraser, EraserMessage, EraserState},
     gates::SlotGates,
     identity::Identity,
@@ -82,6 +83,10 @@ struct Parts {
     projections: Projections,
     durables: DurableSubscriptions,
     key_locks: KeyLocks,
+    /// Whether the store is of a cluster.
+    is_clustered: bool,
+    /// Absent until it takes part.
+    others: OnceLock<Arc<dyn OtherDisks>>,
 }
 
 /// A shard in [`Stats`].
@@ -203,6 +208,8 @@ impl Kuma {
             projections: Projections::default(),
             durables: DurableSubscriptions::default(),
             key_locks: KeyLocks::new(),
+            is_clustered: options.seat.is_some(),
+            others: OnceLock::new(),
         };
         let inner = Arc::new(Inner {
             limits: options.limits,
@@ -553,6 +560,17 @@ impl Inner {
     /// Starts the eraser, which goes on with what is not finished.
     async fn start_eraser(self: &Arc<Self>) -> Result<(), StartError> {
         let StoreParts { node, erasing, .. } = &self.parts.common;
+        let unfinished = node.unfinished().await.map_err(|error| StartError::Erasures(error.to_string()))?;
+        for tombstone in unfinished {
+            match self.owns(tombstone.slot) {
+                true => erasing.hold(tombstone.key_id, erasing.work_in(tombstone.slot)),
+                // The node that owns the slot goes on with it.
+                false => {
+                    erasing.remove(tombstone.key_id);
+                    erasing.owe(tombstone);
+                }
+            }
+        }
         let state = EraserState::new(Arc::downgrade(self), node.clone(), erasing.clone(), erasing.len() > 0);
         let spawned = Actor::spawn_linked(None, Eraser, state, self.parts.root.get_cell()).await;
         let (eraser, _) = spawned.map_err(|error| StartError::Actors(error.to_string()))?;
@@ -571,6 +589,26 @@ impl Inner {
 
     pub(crate) fn node(&self) -> &NodeStore {
         &self.parts.common.node
+    }
+
+    /// Whether this disk owns the slot, or may: its shard is out of use.
+    pub(crate) fn owns(&self, slot: Slot) -> bool {
+        let record = self.core_of_slot(slot).and_then(|core| core.shard.slot(slot));
+        record.is_none_or(|record| record.owned().is_some())
+    }
+
+    /// The other disks; none of a store that is alone, or does not take part in its cluster yet.
+    pub(crate) fn other_disks(&self) -> Option<&Arc<dyn OtherDisks>> {
+        self.parts.others.get()
+    }
+
+    pub(crate) fn set_other_disks(&self, others: Arc<dyn OtherDisks>) {
+        // There are only these.
+        let _ = self.parts.others.set(others);
+    }
+
+    pub(crate) fn is_clustered(&self) -> bool {
+        self.parts.is_clustered
     }
 
     pub(crate) fn erasing(&self) -> &Erasing {

@@ -99,6 +99,10 @@ fn cluster_hash(body: &[u8]) -> RowHash {
 pub(crate) enum Change {
     /// Tombstones, and that their erasures are to be done.
     Entomb(Vec<Tombstone>),
+    /// Tombstones of erasures that other nodes carry out.
+    Learn(Vec<Tombstone>),
+    /// Tombstones of erasures that this node is to carry out should their slots come to it, unless it has their receipts.
+    Owe(Vec<Tombstone>),
     /// A life is about to be replaced by the one with the second key.
     Intend(Tombstone, [u8; 16]),
     /// It was not.
@@ -119,7 +123,7 @@ pub(crate) enum Change {
 impl table_book::Change for Change {
     fn bytes(&self) -> usize {
         match self {
-            Change::Entomb(tombstones) => tombstones.len() * 128,
+            Change::Entomb(tombstones) | Change::Learn(tombstones) | Change::Owe(tombstones) => tombstones.len() * 128,
             Change::Finish(receipts) | Change::Keep(receipts) | Change::Renew(receipts) => {
                 receipts.iter().map(|receipt| receipt.body.len() + 64).sum()
             }
@@ -132,11 +136,27 @@ impl table_book::Change for Change {
         match self {
             Change::Entomb(tombstones) => {
                 for tombstone in tombstones {
-                    if insert(tombstone).execute(&mut *connection).await?.rows_affected() > 0 {
-                        digest.add(&tombstone.hash());
+                    if learn(tombstone, connection, digest).await? {
                         unfinished("INSERT INTO unfinished(key_id) VALUES (?)", &tombstone.key_id, connection).await?;
                     }
                     unfinished("DELETE FROM replacing WHERE key_id = ?", &tombstone.key_id, connection).await?;
+                }
+            }
+            Change::Learn(tombstones) => {
+                for tombstone in tombstones {
+                    learn(tombstone, connection, digest).await?;
+                }
+            }
+            Change::Owe(tombstones) => {
+                for tombstone in tombstones {
+                    learn(tombstone, connection, digest).await?;
+                    sqlx::query(
+                        "INSERT OR IGNORE INTO unfinished(key_id) SELECT ?1 WHERE NOT EXISTS (SELECT 1 FROM receipt WHERE receipt_id = ?2)",
+                    )
+                    .bind(tombstone.key_id.to_vec())
+                    .bind(tombstone.receipt_id.to_vec())
+                    .execute(&mut *connection)
+                    .await?;
                 }
             }
             Change::Intend(tombstone, next_key_id) => {
@@ -196,6 +216,15 @@ impl table_book::Change for Change {
         }
         Ok(())
     }
+}
+
+/// Keeps a tombstone; whether it was news.
+async fn learn(tombstone: &Tombstone, connection: &mut SqliteConnection, digest: &mut Digest) -> sqlx::Result<bool> {
+    let is_new = insert(tombstone).execute(&mut *connection).await?.rows_affected() > 0;
+    if is_new {
+        digest.add(&tombstone.hash());
+    }
+    Ok(is_new)
 }
 
 fn insert(tombstone: &Tombstone) -> Bound {
@@ -282,6 +311,22 @@ impl NodeStore {
     /// None was written, or that is unknown; send them again.
     pub async fn entomb(&self, tombstones: Vec<Tombstone>) -> Result<(), CommitError> {
         self.database.change(Change::Entomb(tombstones)).await
+    }
+
+    /// Adds tombstones of erasures that other nodes carry out; durable when this returns. One that is there already changes nothing.
+    ///
+    /// # Errors
+    /// None was written, or that is unknown; send them again.
+    pub async fn learn(&self, tombstones: Vec<Tombstone>) -> Result<(), CommitError> {
+        self.database.change(Change::Learn(tombstones)).await
+    }
+
+    /// Adds tombstones whose erasures this node carries out when their slots come to it, unless it has their receipts; durable when this returns.
+    ///
+    /// # Errors
+    /// None was written, or that is unknown; send them again.
+    pub async fn owe(&self, tombstones: Vec<Tombstone>) -> Result<(), CommitError> {
+        self.database.change(Change::Owe(tombstones)).await
     }
 
     /// Adds receipts and ends their erasures; durable when this returns. A receipt of a name that there is one of changes nothing.
@@ -388,6 +433,22 @@ impl NodeStore {
     pub async fn newest_tombstone(&self) -> Result<i64, ReadError> {
         let row = sqlx::query("SELECT coalesce(max(number), 0) FROM tombstone").fetch_one(&self.database.readers).await;
         row.and_then(|row| row.try_get(0)).map_err(|error| self.read_error(error))
+    }
+
+    /// The tombstones that name these keys.
+    ///
+    /// # Errors
+    /// The file cannot be read, or a row is damaged.
+    pub async fn tombstones_by_key(&self, key_ids: &[[u8; 16]]) -> Result<Vec<Tombstone>, ReadError> {
+        let mut found = Vec::with_capacity(key_ids.len());
+        for key_ids in key_ids.chunks(256) {
+            let places = vec!["?"; key_ids.len()].join(", ");
+            let by_key = format!("SELECT {COLUMNS} FROM tombstone WHERE key_id IN ({places})");
+            let query = sqlx::query(sqlx::AssertSqlSafe(by_key));
+            let query = key_ids.iter().fold(query, |query, key_id| query.bind(key_id.to_vec()));
+            found.extend(self.tombstones_by(query).await?.into_iter().map(|(_, tombstone)| tombstone));
+        }
+        Ok(found)
     }
 
     /// The tombstones of an entity, oldest life first.
