@@ -3,13 +3,14 @@
 
 mod common;
 
-use std::{path::Path, time::Duration};
+use std::{path::Path, sync::Arc, time::Duration};
 
 use common::directory;
+use futures_util::future::BoxFuture;
 use integration_tests::options;
 use kuma_core::{
-    Epoch, Gate, Kuma, NewEvent, ReadBack, ReadError, Seat, Slot, SlotRecord, Staged, Token, TransferId, Txn,
-    Unavailable, Version, slot_of,
+    Elsewhere, Epoch, ErasedLife, Gate, Kuma, NewEvent, OtherDisks, ReadBack, ReadError, Reason, Seat, Slot,
+    SlotRecord, Slots, Staged, Token, ToldReceipt, TransferId, Txn, Unavailable, Version, slot_of,
 };
 use serde_json::json;
 
@@ -17,6 +18,26 @@ const ENTITIES: u64 = 60;
 
 fn event(number: u64) -> NewEvent {
     NewEvent::json("Noted", &json!({ "n": number })).unwrap()
+}
+
+/// The other disks, asked without anything between.
+struct Others(Vec<Slots>);
+
+impl OtherDisks for Others {
+    fn are_up(&self) -> bool {
+        true
+    }
+
+    fn shred(&self, lives: Vec<ErasedLife>) -> BoxFuture<'_, Vec<Elsewhere>> {
+        Box::pin(async move {
+            for other in &self.0 {
+                other.shred(&lives).await.unwrap();
+            }
+            lives.iter().map(|_| Elsewhere::Ended { nodes: vec![], without: vec![], receipt: None }).collect()
+        })
+    }
+
+    fn tell(&self, _: Vec<ToldReceipt>) {}
 }
 
 async fn founder(path: &Path) -> Kuma {
@@ -95,6 +116,7 @@ async fn slots_move_with_events_keys_ids_and_retries_and_come_back() {
             append(&from, number, &format!("first-{round}")).await.unwrap();
         }
     }
+    from.slots().set_other_disks(Arc::new(Others(vec![])));
     let erased = from.raw("person", id(3));
     erased.erase(kuma_core::Reason::new("asked for it")).await.unwrap();
     erased.recreate(kuma_core::Reason::new("came back")).await.unwrap();
@@ -208,15 +230,79 @@ async fn a_transfer_that_is_given_up_leaves_no_key() {
         }
     }
     assert_eq!(receiver.leftovers().await.unwrap().len(), 2);
-    let keys = async || to.verify(|_| ()).await.unwrap().keys;
-    assert_eq!(keys().await, 1);
+    assert_eq!(keys(&to).await, 1);
     receiver.drop_transfer(slot, transfers[0]).await.unwrap();
-    assert_eq!(keys().await, 1, "the other transfer needs it");
+    assert_eq!(keys(&to).await, 1, "the other transfer needs it");
     receiver.drop_transfer(slot, transfers[1]).await.unwrap();
-    assert_eq!(keys().await, 0);
+    assert_eq!(keys(&to).await, 0);
     assert!(receiver.leftovers().await.unwrap().is_empty());
     hand_over(&from, &to, slot, async || {}).await;
     assert_eq!(append(&to, 1, "key").await.unwrap(), Version(1));
     tokio::time::timeout(Duration::from_secs(60), from.shutdown()).await.unwrap();
     to.shutdown().await;
+}
+
+async fn keys(kuma: &Kuma) -> u64 {
+    kuma.verify(|_| ()).await.unwrap().keys
+}
+
+/// What came ahead, what is prepared, and what was given away and is not taken away yet: none of them keeps a key that is destroyed, nor brings it back.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_erasure_reaches_the_key_in_every_copy_and_a_late_piece_does_not_bring_it_back() {
+    let (one, two) = (directory(), directory());
+    let from = founder(one.path()).await;
+    let to = joiner(two.path(), &from).await;
+    from.slots().set_other_disks(Arc::new(Others(vec![to.slots()])));
+    to.slots().set_other_disks(Arc::new(Others(vec![from.slots()])));
+    append(&from, 1, "key").await.unwrap();
+    let (slot, giver, receiver) = (slot(1), from.slots(), to.slots());
+    let transfer = TransferId([1; 16]);
+    let mut pieces = Vec::new();
+    let mut copy = giver.copy(slot).await.unwrap();
+    while let Some(piece) = copy.next().await.unwrap() {
+        receiver.receive(slot, transfer, piece.clone()).await.unwrap();
+        pieces.push(piece);
+    }
+    assert_eq!((keys(&from).await, keys(&to).await), (1, 1));
+    let receipt = from.raw("person", id(1)).erase(Reason::new("asked for it")).await.unwrap();
+    assert!(copy.is_stale());
+    assert_eq!((keys(&from).await, keys(&to).await), (0, 0), "what came ahead");
+    for piece in pieces {
+        receiver.receive(slot, transfer, piece).await.unwrap();
+    }
+    assert_eq!(keys(&to).await, 0, "a piece from before is late");
+    receiver.drop_transfer(slot, transfer).await.unwrap();
+
+    // A new life, which is given away: its former owner has the key until what it gave away is taken away.
+    assert_eq!(from.raw("person", id(1)).recreate(Reason::new("came back")).await.unwrap(), 2);
+    append(&from, 1, "key").await.unwrap();
+    let transfer = TransferId([2; 16]);
+    let mut copy = giver.copy(slot).await.unwrap();
+    while let Some(piece) = copy.next().await.unwrap() {
+        receiver.receive(slot, transfer, piece).await.unwrap();
+    }
+    let content = giver.seal(slot).await.unwrap();
+    let elsewhere = from.raw("person", id(1)).erase(Reason::new("in between")).await;
+    assert!(elsewhere.unwrap_err().to_string().contains("is moving to another node"));
+    let old = giver.record(slot).unwrap().owned().unwrap();
+    let epoch = next(old);
+    let staged = Staged { transfer, epoch, from: giver.disk_id(), content };
+    receiver.change(slot, Txn::Stage(staged)).await.unwrap();
+    let release = Txn::Release { from: old, epoch, to: receiver.disk_id(), transfer, sealed: Some(content) };
+    giver.change(slot, release).await.unwrap();
+    giver.set_gate(slot, Gate::Closed);
+    receiver.change(slot, Txn::Take { transfer, epoch }).await.unwrap();
+    receiver.take_over(slot);
+    receiver.set_gate(slot, Gate::Open);
+    assert_eq!((keys(&from).await, keys(&to).await), (1, 1));
+    assert_eq!(to.receipt(receipt.receipt.id).await.unwrap(), Some(receipt), "it has come along");
+    to.raw("person", id(1)).erase(Reason::new("asked for it again")).await.unwrap();
+    assert_eq!((keys(&from).await, keys(&to).await), (0, 0), "what was given away");
+    giver.change(slot, Txn::ConfirmTaken { transfer }).await.unwrap();
+    giver.collect_departed().await.unwrap();
+    for kuma in [&from, &to] {
+        let verification = kuma.verify(|_| ()).await.unwrap();
+        assert!(verification.is_clean(), "{verification:?}");
+        kuma.shutdown().await;
+    }
 }
