@@ -345,3 +345,35 @@ async fn the_owner_that_dies_in_an_erasure_goes_on_with_it() {
     stop(vec![first, nodes[1].clone()]).await;
     assert!(directories.iter().all(|directory| !has_key(directory, &receipt)));
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_disk_that_is_attested_to_be_destroyed_is_waited_for_no_more_and_the_receipt_names_it() {
+    let directories = [directory(), directory(), directory()];
+    let hub = Hub::new();
+    let mut nodes = cluster(&hub, &directories[..2]).await;
+    let id = person_of(&nodes[0]);
+    nodes[0].raw("person", &id).append(event(1)).await.unwrap();
+    let two = node_id(&nodes[1]);
+    let refused = nodes[0].attest_destroyed(two).await.unwrap_err().to_string();
+    assert!(refused.contains("there is a link to it, so that it runs; nothing was changed"), "{refused}");
+    let refused = nodes[0].attest_destroyed(node_id(&nodes[0])).await.unwrap_err().to_string();
+    assert!(refused.contains("it is the one that was asked"), "{refused}");
+    let gone = nodes.pop().unwrap();
+    let disk = gone.store().slots().disk_id().to_string();
+    gone.shutdown().await;
+    soon("it has begun", async || {
+        matches!(nodes[0].raw("person", &id).erase(why()).await, Err(EraseError::Unfinished { .. }))
+    })
+    .await;
+    nodes[0].attest_destroyed(two).await.unwrap();
+    let receipt = erased(&nodes[0], &id).await;
+    let says = receipt.receipt.stores.iter().find(|store| store.store == format!("disk {disk}")).unwrap();
+    assert_eq!(says.outcome, "attested to be destroyed; it was not asked");
+    assert_eq!(names(&receipt), Vec::<String>::new());
+    // Nor is it waited for by a node that joins, although its slots are nobody's.
+    let three = start(&hub, directories[2].path(), "three", &[&nodes[0]]).await;
+    assert!(is_erased(&three, &id).await);
+    assert_eq!(three.members().len(), 2);
+    nodes.push(three);
+    stop(nodes).await;
+}

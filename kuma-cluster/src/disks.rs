@@ -88,6 +88,11 @@ impl Disks {
         }
     }
 
+    /// Somebody attests that a disk is destroyed. Not its own one: it runs.
+    pub fn remove(&mut self, disk: DiskId) {
+        self.removed.extend((disk != self.own).then_some(disk));
+    }
+
     /// Takes over what another one knows.
     pub fn merge(&mut self, members: &BTreeSet<DiskId>, retired: &BTreeSet<DiskId>, removed: &BTreeSet<DiskId>) {
         self.members.extend(members);

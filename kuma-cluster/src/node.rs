@@ -98,6 +98,14 @@ pub enum NodeError {
     /// The links could not be started.
     #[error("{0}")]
     Transport(String),
+    /// A node cannot be attested to be destroyed.
+    #[error("node {node} cannot be attested to be destroyed: {reason}; nothing was changed")]
+    Attest {
+        /// The node.
+        node: NodeId,
+        /// What speaks against it.
+        reason: &'static str,
+    },
     /// An actor did not start.
     #[error("an actor did not start: {0}")]
     Actors(String),
@@ -581,6 +589,34 @@ impl Node {
             state.members.set_standing(node, Standing::Leaving);
         };
         Ok(self.shared.change(change).await?)
+    }
+
+    /// **An oath**: the disk of this node is destroyed, and will never run again. From now on nobody waits for it: joins and erasures go on without it,
+    /// receipts say so, and whatever calls itself this disk is turned away. What it owned stays out of reach.
+    ///
+    /// # Errors
+    /// [`NodeError::Attest`]: it is not known, or there is a link to it. Or it could not be kept.
+    pub async fn attest_destroyed(&self, node: NodeId) -> Result<(), NodeError> {
+        let refuse = |reason| Err(NodeError::Attest { node, reason });
+        let state = self.shared.state();
+        let Some(disk) = state.members.get(node).map(|member| member.disk) else {
+            return refuse("no such node is known");
+        };
+        if node == state.node {
+            return refuse("it is the one that was asked");
+        }
+        if self.shared.transport().is_some_and(|transport| transport.is_up(disk)) {
+            return refuse("there is a link to it, so that it runs");
+        }
+        let change = |state: &mut ClusterState| {
+            state.members.set_standing(node, Standing::Forgotten);
+            state.disks.remove(disk);
+        };
+        self.shared.change(change).await?;
+        // They may have waited for it.
+        self.shared.slots.resume_erasures();
+        tracing::warn!(target: "kuma::cluster", %node, %disk, "a disk was attested to be destroyed; nobody waits for it any more");
+        Ok(())
     }
 
     /// Ends the node: what was asked is finished, files are closed. Its slots wait for it to come back.
