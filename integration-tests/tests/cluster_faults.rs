@@ -42,8 +42,29 @@ async fn ready(node: &Node) {
     soon("the node is ready", async || node.is_ready()).await;
 }
 
+/// What is not as it should be.
+fn describe(nodes: &[&Node]) {
+    for node in nodes {
+        println!("ready {}, settled {}, owned {}", node.is_ready(), node.is_settled(), node.owned());
+        println!("  members {:?}", node.members());
+        println!("  moves {:?}, totals {:?}", node.moves(), node.move_totals().aborted);
+        for status in node.slots() {
+            let Some(record) = node.store().slots().record(status.slot) else { continue };
+            if record.staged.is_some() || matches!(record.token, kuma_core::Token::Released { is_taken: false, .. }) {
+                println!("  {} {record:?} gate {:?}", status.slot, node.store().slots().gate(status.slot));
+            }
+        }
+    }
+}
+
 async fn settled(nodes: &[&Node]) {
+    let begun = Instant::now();
+    let mut is_described = false;
     soon("all slots are where they should be", async || {
+        if begun.elapsed() > LONG / 2 && !is_described {
+            is_described = true;
+            describe(nodes);
+        }
         let view = |node: &Node| {
             let of = |member: kuma_cluster::MemberStatus| (member.name, member.standing, member.wished);
             node.members().into_iter().map(of).collect::<Vec<_>>()

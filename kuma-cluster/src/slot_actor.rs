@@ -75,8 +75,10 @@ pub(crate) struct SlotState {
     sealed_at: Option<Instant>,
     /// At the receiver: what of each transfer was read back.
     read: HashMap<TransferId, ReadBack>,
-    /// The timer that counts, and how long it was.
+    /// The timer that counts, and when it is over; none if nothing is waited for.
+    timer: Option<(u64, Instant)>,
     ticks: u64,
+    /// How long the last one was.
     waited: Duration,
 }
 
@@ -100,6 +102,7 @@ impl Actor for SlotActor {
             leave: None,
             sealed_at: None,
             read: HashMap::new(),
+            timer: None,
             ticks: 0,
             waited: Duration::ZERO,
         };
@@ -122,7 +125,8 @@ impl Actor for SlotActor {
                 let _ = reply.send(kept);
             }
             SlotMessage::Copied { transfer, copy } => state.copied(&me, transfer, copy).await,
-            SlotMessage::Tick { number } if number == state.ticks => {
+            SlotMessage::Tick { number } if state.timer.is_some_and(|(counts, _)| counts == number) => {
+                state.timer = None;
                 if matches!(state.handoff.record.token, Token::Released { .. }) {
                     // The other node lets itself be waited for: that is no reason for others to wait.
                     state.leave = None;
@@ -135,6 +139,7 @@ impl Actor for SlotActor {
                     _ => state.put_in(&me, Input::Remind).await,
                 }
             }
+            // Another one that is over sooner was set meanwhile.
             SlotMessage::Tick { .. } => {}
         }
         state.schedule(&me);
@@ -161,6 +166,16 @@ impl SlotState {
             Message::Prepare { transfer, .. } => self.read_back(transfer).await,
             _ => None,
         };
+        let is_lost = |transfer| {
+            let out = self.handoff.out.filter(|out| (out.to, out.transfer) == (envelope.from, transfer));
+            out.is_some_and(|out| matches!(out.phase, Phase::Sealed(_)))
+        };
+        if let Message::NeedRows { transfer } = envelope.message
+            && is_lost(transfer)
+        {
+            // It had said that it has them: it was started again since. There is no copy any more to send them from.
+            return self.put_in(me, Input::Abort).await;
+        }
         self.put_in(me, Input::Message { envelope, found }).await;
         if let Message::Abort { transfer } = envelope.message {
             self.drop_transfer(transfer).await;
@@ -419,7 +434,7 @@ impl SlotState {
         self.shared.moves.lock().get_mut(&self.slot).map(change);
     }
 
-    /// Sets the timer for what is not answered.
+    /// Sets the timer for what is not answered. One that is over sooner stays: what goes on meanwhile, and be it for ever, does not put it off.
     fn schedule(&mut self, me: &ActorRef<SlotMessage>) {
         let between = |[first, last]: [Duration; 2], waited: Duration| (waited * 2).clamp(first, last);
         let is_sealed = self.handoff.out.is_some_and(|out| matches!(out.phase, Phase::Sealed(_)));
@@ -429,9 +444,14 @@ impl SlotState {
             _ if self.handoff.record.staged.is_some() => between(STATUS_POLL, self.waited),
             _ => return,
         };
+        let due = Instant::now() + wait;
+        if self.timer.is_some_and(|(_, other)| other <= due) {
+            return;
+        }
         self.waited = wait;
         self.ticks += 1;
         let number = self.ticks;
+        self.timer = Some((number, due));
         me.send_after(wait, move || SlotMessage::Tick { number });
     }
 }
