@@ -1,4 +1,4 @@
-//! The process that `tests/backup.rs` kills in the middle of a backup or a restore.
+//! The process that `tests/store/backup.rs` kills in the middle of a backup or a restore.
 //!
 //! ```text
 //! backup_child backup DATA BACKUP          opens the store, says R, makes the backup, says D

@@ -1,4 +1,4 @@
-//! The process that `tests/crash.rs` kills: appends to a store as fast as it can and says on its standard output what was
+//! The process that `tests/store/crash.rs` kills: appends to a store as fast as it can and says on its standard output what was
 //! acknowledged. Called as `crash_child DIRECTORY LIFE`, with a LIFE that no other child of that directory had.
 //!
 //! ```text

@@ -1,4 +1,4 @@
-//! The process that `tests/erase_crash.rs` kills: appends to a store, erases some of its entities meanwhile, and dies at a named place in
+//! The process that `tests/store/erase_crash.rs` kills: appends to a store, erases some of its entities meanwhile, and dies at a named place in
 //! that. Called as `erase_child DIRECTORY LIFE PLACE PASS VICTIMS`, with a LIFE that no other child of that directory had: it dies when it
 //! comes to the PLACE for the PASS-th time. Without VICTIMS (ids with commas between) it goes on with what is not finished, and ends.
 //!

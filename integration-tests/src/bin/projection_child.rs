@@ -1,4 +1,4 @@
-//! The process that `tests/projection_crash.rs` kills: appends to a store while a projection is fed from it, and has its model built anew.
+//! The process that `tests/store/projection_crash.rs` kills: appends to a store while a projection is fed from it, and has its model built anew.
 //! Called as `projection_child DIRECTORY LIFE VERSION REBUILDS WRITERS`, with a LIFE that no other child of that directory had.
 //!
 //! ```text

@@ -1,4 +1,4 @@
-//! The process that `tests/restore_to.rs` kills: restores an entity to an earlier version, and dies at a named place in that. Called as
+//! The process that `tests/store/restore_to.rs` kills: restores an entity to an earlier version, and dies at a named place in that. Called as
 //! `restore_to_child DIRECTORY PLACE`.
 // This is test code: a failed unwrap ends the child, which the parent takes for the failure that it is.
 #![allow(clippy::unwrap_used, clippy::panic)]

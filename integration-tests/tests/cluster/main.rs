@@ -1,0 +1,10 @@
+//! Several nodes. One program: linking each file by itself was most of a build.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod erase;
+mod faults;
+mod members;
+mod slots;
