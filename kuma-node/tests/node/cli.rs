@@ -220,7 +220,7 @@ async fn a_damaged_file_is_named() {
 /// `tail | head -1`: the reader has what it wanted.
 #[tokio::test]
 async fn a_reader_who_goes_away_ends_it_quietly() {
-    let pages = |n: usize, _: &fake::Seen| {
+    let pages = |n: usize, _: &crate::fake::Seen| {
         let event = json!({"version": 1, "type": "T", "schema": 1, "at": "x", "data": "y".repeat(1000)});
         json_body(&json!({"events": vec![event; 1000], "next": n + 1})).into_response()
     };
