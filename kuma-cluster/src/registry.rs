@@ -194,12 +194,13 @@ impl RegistryState {
         if !(told || peers.iter().all(is_up)) {
             return;
         }
-        shared.has_passed.store(true, SeqCst);
         let owns = shared.owns();
         for (slot, epoch) in &owns {
             shared.slots.set_gate(*slot, Gate::Open);
             shared.routes.note(*slot, *epoch, shared.own);
         }
+        // Once all gates are open: whoever sees it asks at once.
+        shared.has_passed.store(true, SeqCst);
         // What was parked until the gates are open.
         shared.slots.resume_erasures();
         tracing::info!(target: "kuma::cluster", slots = owns.len(), "this node serves what it owns");

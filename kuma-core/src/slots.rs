@@ -408,7 +408,7 @@ impl Slots {
             let _locked = self.inner.key_locks().of(slot).lock().await;
             self.forget(core, slot, entities.iter().map(|entity| entity.key_id).collect()).await?;
         }
-        let collected = core.shard.collect_departed(slot, transfer, self.inner.now_us()).await;
+        let collected = core.shard.collect_departed(slot, transfer).await;
         collected.map_err(|cause| SlotError::Commit { slot, cause })
     }
 

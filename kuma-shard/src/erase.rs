@@ -79,6 +79,19 @@ pub(crate) struct Stubbed {
     pub(crate) after: RowHash,
 }
 
+/// Where a stub is to stand, and its checksum.
+#[derive(Clone, Copy)]
+pub(crate) struct Stub {
+    pub(crate) position: u64,
+    pub(crate) checksum: i64,
+}
+
+impl Stubbed {
+    pub(crate) fn stub(&self) -> Stub {
+        Stub { position: self.row.position, checksum: self.after.checksum() }
+    }
+}
+
 impl Shard {
     /// Erases what this shard holds of `entity`, one of its rows: what is submitted for it from now on is refused. What it holds of others is
     /// not touched.
@@ -202,7 +215,7 @@ pub(crate) async fn stub(connection: &mut SqliteConnection, entity: &EntityRow, 
     if rows.is_empty() {
         return Ok(());
     }
-    empty(connection, rows).await?;
+    empty(connection, rows.iter().map(Stubbed::stub)).await?;
     let keys: Vec<String> = rows
         .iter()
         .filter_map(|row| row.row.append_key.as_deref())
@@ -219,9 +232,8 @@ pub(crate) async fn stub(connection: &mut SqliteConnection, entity: &EntityRow, 
 }
 
 /// Turns rows into stubs where they stand.
-pub(crate) async fn empty(connection: &mut SqliteConnection, rows: &[Stubbed]) -> sqlx::Result<()> {
-    let stubs: Vec<String> =
-        rows.iter().map(|row| format!("[{},{}]", row.row.position, row.after.checksum())).collect();
+pub(crate) async fn empty(connection: &mut SqliteConnection, rows: impl Iterator<Item = Stub>) -> sqlx::Result<()> {
+    let stubs: Vec<String> = rows.map(|stub| format!("[{},{}]", stub.position, stub.checksum)).collect();
     sqlx::query(
         "UPDATE log SET at = 0, append_key = NULL, body = x'', checksum = stub.value ->> 1
          FROM json_each(?) AS stub WHERE log.position = stub.value ->> 0",

@@ -361,7 +361,9 @@ impl LogBook {
             match work {
                 Moving::Incoming(incoming) => entry.refusal = moving::receive(connection, incoming).await?.err(),
                 Moving::Drop { transfer, done, .. } => *done.lock() = moving::drop_some(connection, *transfer).await?,
-                Moving::Collected(transfer) => moving::collected(connection, *transfer).await?,
+                Moving::Stub { slot, transfer, done } => {
+                    *done.lock() = moving::stub_some(connection, *slot, *transfer).await?;
+                }
                 Moving::IndexSlots => {
                     statements::execute(connection, "CREATE INDEX IF NOT EXISTS entity_slot ON entity(slot)").await?;
                 }
@@ -390,11 +392,11 @@ impl LogBook {
                     statements::insert_entities(connection, before).await?;
                     created = after;
                     let (tail, keys) = (&mut staged.rows, &mut staged.keys);
-                    let came = moving::take(connection, transfer, first_eid, first_position, |copied| {
-                        let (eid, row) = (copied.eid, &copied.row);
-                        tail.push(TailRow { eid, version: row.version, position: row.position });
-                        if let Some(append_key) = &row.append_key {
-                            keys.note(eid, append_key, row.position);
+                    let came = moving::take(connection, transfer, first_eid, first_position, |taken| {
+                        let moving::TakenRow { eid, version, position, append_key } = taken;
+                        tail.push(TailRow { eid, version, position });
+                        if let Some(append_key) = &append_key {
+                            keys.note(eid, append_key, position);
                         }
                     });
                     if came.await? != rows {
@@ -643,6 +645,9 @@ impl Book for LogBook {
             Work::Replace(replacement) => Size { bytes: replacement.bytes(), events: replacement.commits.len() },
             Work::Erase(_) => Size { bytes: 4096, events: GROUP_EVENTS_MAX / erase::STEPS_IN_GROUP },
             Work::Moving(Moving::Incoming(incoming)) => Size { bytes: incoming.bytes(), events: 0 },
+            Work::Moving(Moving::Stub { .. } | Moving::Drop { .. }) => {
+                Size { bytes: 1024, events: GROUP_EVENTS_MAX / 4 }
+            }
             Work::ChangeSlot(_) | Work::Moving(_) => Size { bytes: 1024, events: 0 },
         }
     }

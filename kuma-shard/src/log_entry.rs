@@ -72,8 +72,8 @@ pub(crate) enum Moving {
     Incoming(Incoming),
     /// Some of a transfer is dropped; told whether that was all.
     Drop { slot: Slot, transfer: TransferId, done: Arc<Mutex<bool>> },
-    /// All that left with a transfer are stubs.
-    Collected(TransferId),
+    /// Some rows that left with a transfer become stubs; told whether those were all.
+    Stub { slot: Slot, transfer: TransferId, done: Arc<Mutex<bool>> },
     /// Entities are to be found by their slots.
     IndexSlots,
 }
@@ -126,9 +126,14 @@ impl LogEntry {
         LogEntry { work: Work::Moving(Moving::Drop { slot, transfer, done }), on_settled, refusal: None }
     }
 
-    /// Forgets what left with a transfer.
-    pub(crate) fn collected(transfer: TransferId, on_settled: OnSettled) -> Self {
-        LogEntry { work: Work::Moving(Moving::Collected(transfer)), on_settled, refusal: None }
+    /// Turns some of what left into stubs.
+    pub(crate) fn stub_departed(
+        slot: Slot,
+        transfer: TransferId,
+        done: Arc<Mutex<bool>>,
+        on_settled: OnSettled,
+    ) -> Self {
+        LogEntry { work: Work::Moving(Moving::Stub { slot, transfer, done }), on_settled, refusal: None }
     }
 
     /// Makes the index of slots.

@@ -13,8 +13,12 @@
 //! - A change of the token is written only if the token allows it as of all that the writer wrote before, in the same transaction with the marks.
 //! - What was given away stays as stubs, under the name of the transfer, outside of the digests. Its entities take no commit any more.
 
-use std::collections::{HashMap, HashSet};
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+};
 
+use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use sqlx::{Row, SqliteConnection, sqlite::SqliteRow};
 use tokio::sync::oneshot;
@@ -22,12 +26,13 @@ use tokio::sync::oneshot;
 use crate::{
     CommitError, Content, CopyId, Digest, EntityRow, Epoch, LogRow, NotWritten, PAGE_BYTES, ReadError, Shard, Slot,
     SlotRecord, Token, TransferId, Txn,
-    erase::STEPS_IN_GROUP,
+    erase::{self, Stub},
     log_entry::LogEntry,
     log_row,
+    row_hash::{RowFields, RowHash},
     slots::{SlotImage, SlotSum},
     snapshots,
-    statements::{self, CopiedRow},
+    statements::{self, IncomingEntity, IncomingRow},
 };
 
 /// Rows that are read or moved at a time.
@@ -207,11 +212,18 @@ impl Shard {
     /// # Cancel safety
     /// Cancel safe.
     pub async fn drop_transfer(&self, slot: Slot, transfer: TransferId) -> Result<(), CommitError> {
+        self.step_by_step(|done, on_settled| LogEntry::drop_transfer(slot, transfer, done, on_settled)).await
+    }
+
+    /// Hands steps in, one after the other, until one says that it was the last.
+    async fn step_by_step(
+        &self,
+        step: impl Fn(Arc<Mutex<bool>>, crate::log_entry::OnSettled) -> LogEntry,
+    ) -> Result<(), CommitError> {
         loop {
             let (told, settled) = oneshot::channel();
-            let done = std::sync::Arc::new(parking_lot::Mutex::new(false));
-            let on_settled = Box::new(move |result| drop(told.send(result)));
-            self.hand_in(LogEntry::drop_transfer(slot, transfer, done.clone(), on_settled));
+            let done = Arc::new(Mutex::new(false));
+            self.hand_in(step(done.clone(), Box::new(move |result| drop(told.send(result)))));
             settled.await.map_err(|_| NotWritten::Stopping)??;
             if *done.lock() {
                 return Ok(());
@@ -241,18 +253,8 @@ impl Shard {
     /// Some of it is not; do it again.
     /// # Cancel safety
     /// Cancel safe.
-    pub async fn collect_departed(&self, slot: Slot, transfer: TransferId, at_us: i64) -> Result<(), CommitError> {
-        let unreadable =
-            |error: ReadError| NotWritten::Io { file: self.file().to_owned(), detail: crate::verify::words(&error) };
-        let entities = self.departed_entities(slot, transfer).await.map_err(unreadable)?;
-        // Steps of many share a transaction.
-        for some in entities.chunks(STEPS_IN_GROUP) {
-            let erased = some.iter().map(|entity| self.erase(entity, at_us));
-            futures_util::future::try_join_all(erased).await?;
-        }
-        let (told, settled) = oneshot::channel();
-        self.hand_in(LogEntry::collected(transfer, Box::new(move |result| drop(told.send(result)))));
-        settled.await.map_err(|_| NotWritten::Stopping)?
+    pub async fn collect_departed(&self, slot: Slot, transfer: TransferId) -> Result<(), CommitError> {
+        self.step_by_step(|done, on_settled| LogEntry::stub_departed(slot, transfer, done, on_settled)).await
     }
 
     /// The entities of a slot as they are now.
@@ -406,54 +408,33 @@ pub(crate) async fn receive(
     if new.iter().zip(next_seq..).any(|((_, row), expected)| row.seq != expected || row.slot != *slot) {
         return Ok(Err(NotWritten::RowsMissing { slot: *slot, next_seq }));
     }
-    for entity in &rows.entities {
-        sqlx::query(
-            "INSERT OR REPLACE INTO incoming_entity(
-                 transfer, slot, entity, kind, id_hash, life, sealed_id, key_id, created_at, erased_at, checksum)
-             VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        )
-        .bind(transfer.0.to_vec())
-        .bind(i64::from(slot.number()))
-        .bind(entity.eid)
-        .bind(entity.kind.to_string())
-        .bind(entity.id_hash.0.to_vec())
-        .bind(entity.life)
-        .bind(entity.sealed_id.clone())
-        .bind(entity.key_id.to_vec())
-        .bind(entity.created_at_us)
-        .bind(entity.erased_at_us)
-        .bind(EntityRow { copy: CopyId::LIVE, ..entity.clone() }.checksum())
-        .execute(&mut *connection)
-        .await?;
+    let entities: Vec<IncomingEntity> =
+        rows.entities.iter().map(|entity| IncomingEntity { transfer: *transfer, slot: *slot, entity }).collect();
+    statements::insert_incoming_entities(connection, &entities).await?;
+    let mut known: HashMap<i64, EntityRow> = rows.entities.iter().map(|entity| (entity.eid, entity.clone())).collect();
+    let missing: HashSet<i64> = new.iter().map(|(eid, _)| *eid).filter(|eid| !known.contains_key(eid)).collect();
+    for entity in incoming_entities(connection, *transfer, missing).await? {
+        known.insert(entity.eid, entity);
     }
+    let mut incoming = Vec::with_capacity(new.len());
     for (eid, row) in new {
-        let entity = rows.entities.iter().find(|entity| entity.eid == *eid);
-        let entity = match entity {
-            Some(entity) => Some(entity.clone()),
-            None => incoming_entity(connection, *transfer, *eid).await?,
+        let Some(entity) = known.get(eid) else {
+            next_seq += incoming.len() as u64;
+            return Ok(Err(NotWritten::RowsMissing { slot: *slot, next_seq }));
         };
-        let Some(entity) = entity else { return Ok(Err(NotWritten::RowsMissing { slot: *slot, next_seq })) };
-        let checksum = crate::row_hash::RowHash::of(&row.fields(&entity)).checksum();
-        sqlx::query(
-            "INSERT INTO incoming_log(transfer, seq, slot, entity, version, count, at, epoch, append_key, checksum, body)
-             VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        )
-        .bind(transfer.0.to_vec())
-        .bind(row.seq.cast_signed())
-        .bind(i64::from(slot.number()))
-        .bind(*eid)
-        .bind(row.version.cast_signed())
-        .bind(i64::from(row.count))
-        .bind(row.at_us)
-        .bind(row.epoch.to_i64())
-        .bind(row.append_key.clone())
-        .bind(checksum)
-        .bind(row.body.clone())
-        .execute(&mut *connection)
-        .await?;
-        next_seq += 1;
+        let checksum = RowHash::of(&row.fields(entity)).checksum();
+        incoming.push(IncomingRow { transfer: *transfer, eid: *eid, row, checksum });
     }
+    statements::insert_incoming_rows(connection, &incoming).await?;
     Ok(Ok(()))
+}
+
+/// A row that became one of the shard's log.
+pub(crate) struct TakenRow {
+    pub(crate) eid: i64,
+    pub(crate) version: u64,
+    pub(crate) position: u64,
+    pub(crate) append_key: Option<Vec<u8>>,
 }
 
 /// Moves what came in under `transfer` to the tables of the shard, in the open transaction: its entities get numbers from `first_eid` on, its
@@ -463,7 +444,7 @@ pub(crate) async fn take(
     transfer: TransferId,
     first_eid: i64,
     first_position: u64,
-    mut each: impl FnMut(&CopiedRow),
+    mut each: impl FnMut(TakenRow),
 ) -> sqlx::Result<u64> {
     let rows = sqlx::query(
         "SELECT *, entity AS eid, zeroblob(16) AS copy FROM incoming_entity WHERE transfer = ? ORDER BY number",
@@ -478,26 +459,28 @@ pub(crate) async fn take(
         entities.push(EntityRow { eid, ..entity });
     }
     statements::insert_entities(connection, &entities.iter().collect::<Vec<_>>()).await?;
-    let mut last_seq = 0;
-    loop {
-        let page = incoming_page(connection, transfer, last_seq).await?;
-        if page.is_empty() {
-            break;
-        }
-        let mut copied = Vec::with_capacity(page.len());
-        for row in &page {
-            let (entity, row, _, checksum) = incoming_row(row)?;
-            let unknown = || sqlx::Error::Decode("a row that came in belongs to no entity that did".into());
-            let eid = *numbers.get(&entity.eid).ok_or_else(unknown)?;
-            last_seq = row.seq;
-            let position = first_position + row.seq - 1;
-            copied.push(CopiedRow { eid, row: LogRow { position, ..row }, checksum });
-        }
-        statements::insert_copied(connection, &copied).await?;
-        copied.iter().for_each(&mut each);
+    // Bodies stay inside SQLite: they were read back when they came, and are checked whenever they are read.
+    let numbered =
+        "(SELECT entity, row_number() OVER (ORDER BY number) - 1 AS place FROM incoming_entity WHERE transfer = ?1)";
+    let moved = sqlx::query(sqlx::AssertSqlSafe(format!(
+        "INSERT INTO log(position, slot, seq, eid, version, count, at, epoch, append_key, checksum, body)
+         SELECT ?2 + seq - 1, slot, seq, ?3 + place, version, count, at, epoch, append_key, checksum, body
+         FROM incoming_log CROSS JOIN {numbered} USING (entity) WHERE transfer = ?1 ORDER BY seq"
+    )));
+    let moved = moved.bind(transfer.0.to_vec()).bind(first_position.cast_signed()).bind(first_eid);
+    let moved = moved.execute(&mut *connection).await?.rows_affected();
+    let rows = sqlx::query("SELECT seq, entity, version, append_key FROM incoming_log WHERE transfer = ? ORDER BY seq");
+    for row in rows.bind(transfer.0.to_vec()).fetch_all(&mut *connection).await? {
+        let unknown = || sqlx::Error::Decode("a row that came in belongs to no entity that did".into());
+        each(TakenRow {
+            eid: *numbers.get(&row.try_get::<i64, _>("entity")?).ok_or_else(unknown)?,
+            version: row.try_get::<i64, _>("version")?.cast_unsigned(),
+            position: first_position + row.try_get::<i64, _>("seq")?.cast_unsigned() - 1,
+            append_key: row.try_get("append_key")?,
+        });
     }
     drop_rows(connection, transfer, u32::MAX).await?;
-    Ok(last_seq)
+    Ok(moved)
 }
 
 /// Drops some of what came in, in the open transaction; says whether that was all. Emptied where it stands first, so that no page keeps a copy.
@@ -542,20 +525,21 @@ pub(crate) async fn depart(
 ) -> sqlx::Result<Vec<i64>> {
     let rows = sqlx::query("SELECT * FROM entity WHERE slot = ? AND copy = zeroblob(16)");
     let rows = rows.bind(i64::from(slot.number())).fetch_all(&mut *connection).await?;
-    let mut numbers = Vec::with_capacity(rows.len());
-    for row in &rows {
-        let damaged = || sqlx::Error::Decode("the row of an entity does not match its checksum".into());
-        let entity = EntityRow::from_row(row)?.ok_or_else(damaged)?.departed(transfer, at_us);
-        sqlx::query("UPDATE entity SET copy = ?, sealed_id = x'', erased_at = ?, checksum = ? WHERE eid = ?")
-            .bind(entity.copy.0.to_vec())
-            .bind(entity.erased_at_us)
-            .bind(entity.checksum())
-            .bind(entity.eid)
-            .execute(&mut *connection)
-            .await?;
-        snapshots::clear(connection, entity.eid).await?;
-        numbers.push(entity.eid);
-    }
+    let damaged = || sqlx::Error::Decode("the row of an entity does not match its checksum".into());
+    let left = |row| EntityRow::from_row(row)?.map(|entity| entity.departed(transfer, at_us)).ok_or_else(damaged);
+    let left: Vec<EntityRow> = rows.iter().map(left).collect::<sqlx::Result<_>>()?;
+    let numbers: Vec<i64> = left.iter().map(|entity| entity.eid).collect();
+    let checksums: Vec<String> = left.iter().map(|entity| format!("[{},{}]", entity.eid, entity.checksum())).collect();
+    sqlx::query(
+        "UPDATE entity SET copy = ?, sealed_id = x'', erased_at = coalesce(erased_at, ?), checksum = departed.value ->> 1
+         FROM json_each(?) AS departed WHERE entity.eid = departed.value ->> 0",
+    )
+    .bind(CopyId::from(transfer).0.to_vec())
+    .bind(at_us)
+    .bind(format!("[{}]", checksums.join(",")))
+    .execute(&mut *connection)
+    .await?;
+    snapshots::clear_all(connection, &numbers).await?;
     sqlx::query("INSERT OR IGNORE INTO departed(transfer, slot) VALUES (?, ?)")
         .bind(transfer.0.to_vec())
         .bind(i64::from(slot.number()))
@@ -564,10 +548,51 @@ pub(crate) async fn depart(
     Ok(numbers)
 }
 
-/// All that left with `transfer` are stubs.
-pub(crate) async fn collected(connection: &mut SqliteConnection, transfer: TransferId) -> sqlx::Result<()> {
+/// Turns some of what left with `transfer` into stubs, where they stand, in the open transaction; says whether those were all. It is in no digest
+/// any more, and all of it is in the index: the slot left with the marks.
+pub(crate) async fn stub_some(
+    connection: &mut SqliteConnection,
+    slot: Slot,
+    transfer: TransferId,
+) -> sqlx::Result<bool> {
+    let copy = CopyId::from(transfer).0.to_vec();
+    let rows = sqlx::query(
+        "SELECT log.position, log.seq, log.version, log.count, log.epoch, id_hash, key_id
+         FROM entity CROSS JOIN log_index USING (eid) CROSS JOIN log ON log.position = log_index.position
+         WHERE entity.slot = ? AND entity.copy = ? AND length(log.body) > 0 LIMIT ?",
+    );
+    let rows = rows.bind(i64::from(slot.number())).bind(copy.clone()).bind(PAGE_ROWS);
+    let rows = rows.fetch_all(&mut *connection).await?;
+    let mut stubs = Vec::with_capacity(rows.len());
+    for row in &rows {
+        let number = |name| row.try_get::<i64, _>(name).map(i64::cast_unsigned);
+        let (id_hash, key_id): (Vec<u8>, Vec<u8>) = (row.try_get("id_hash")?, row.try_get("key_id")?);
+        let damaged = || sqlx::Error::Decode("the row of an entity that left is damaged".into());
+        let hash = RowHash::of(&RowFields {
+            slot,
+            seq: number("seq")?,
+            id_hash: &id_hash.try_into().map_err(|_| damaged())?,
+            key_id: &key_id.try_into().map_err(|_| damaged())?,
+            version: number("version")?,
+            count: number("count")? as u32,
+            at_us: 0,
+            epoch: Epoch::from_i64(row.try_get("epoch")?),
+            append_key: None,
+            body: &[],
+        });
+        stubs.push(Stub { position: number("position")?, checksum: hash.checksum() });
+    }
+    erase::empty(connection, stubs.into_iter()).await?;
+    if rows.len() == PAGE_ROWS as usize {
+        return Ok(false);
+    }
+    sqlx::query("DELETE FROM key_index WHERE eid IN (SELECT eid FROM entity WHERE slot = ? AND copy = ?)")
+        .bind(i64::from(slot.number()))
+        .bind(copy)
+        .execute(&mut *connection)
+        .await?;
     let done = sqlx::query("DELETE FROM departed WHERE transfer = ?").bind(transfer.0.to_vec());
-    done.execute(connection).await.map(|_| ())
+    done.execute(connection).await.map(|_| true)
 }
 
 /// Rows that came in behind `after_seq`, in their order, bounded in rows and in bytes; none at the end.
@@ -613,23 +638,29 @@ fn json(numbers: &[u64]) -> String {
     format!("[{}]", numbers.join(","))
 }
 
-fn incoming_row(row: &SqliteRow) -> sqlx::Result<(EntityRow, LogRow, crate::row_hash::RowHash, i64)> {
+fn incoming_row(row: &SqliteRow) -> sqlx::Result<(EntityRow, LogRow, RowHash, i64)> {
     let damaged = || sqlx::Error::Decode("the row of an entity that came in does not match its checksum".into());
     let entity = EntityRow::from_joined(row)?.ok_or_else(damaged)?;
     let (row, hash, checksum) = log_row::parse(row, &entity)?;
     Ok((entity, row, hash, checksum))
 }
 
-async fn incoming_entity(
+/// Those of these entities that came in before.
+async fn incoming_entities(
     connection: &mut SqliteConnection,
     transfer: TransferId,
-    eid: i64,
-) -> sqlx::Result<Option<EntityRow>> {
-    let row = sqlx::query(
-        "SELECT *, entity AS eid, zeroblob(16) AS copy FROM incoming_entity WHERE transfer = ? AND entity = ?",
+    eids: HashSet<i64>,
+) -> sqlx::Result<Vec<EntityRow>> {
+    if eids.is_empty() {
+        return Ok(Vec::new());
+    }
+    let eids: Vec<String> = eids.iter().map(i64::to_string).collect();
+    let query = sqlx::query(
+        "SELECT *, entity AS eid, zeroblob(16) AS copy FROM incoming_entity
+         WHERE transfer = ? AND entity IN (SELECT value FROM json_each(?))",
     );
-    let row = row.bind(transfer.0.to_vec()).bind(eid).fetch_optional(connection).await?;
-    row.as_ref().map_or(Ok(None), EntityRow::from_row)
+    let rows = query.bind(transfer.0.to_vec()).bind(format!("[{}]", eids.join(","))).fetch_all(connection).await?;
+    rows.iter().filter_map(|row| EntityRow::from_row(row).transpose()).collect()
 }
 
 #[cfg(test)]
@@ -765,7 +796,7 @@ mod tests {
         let left = giver.departed().await.unwrap();
         assert_eq!(left, [(slot(), TransferId([7; 16]))]);
         for _ in 0..2 {
-            giver.collect_departed(slot(), left[0].1, 9).await.unwrap();
+            giver.collect_departed(slot(), left[0].1).await.unwrap();
             assert_clean(&giver).await;
         }
         assert!(giver.departed().await.unwrap().is_empty());

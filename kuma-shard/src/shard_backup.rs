@@ -513,7 +513,9 @@ impl<P: FnMut(CopyProgress) + Send> Copying<'_, P> {
             stubbed.push(Stubbed { row, before, after });
         }
         self.file.dirty.insert(index);
-        erase::empty(&mut self.file.connection, &stubbed).await.map_err(|error| self.file_error(error))?;
+        erase::empty(&mut self.file.connection, stubbed.iter().map(Stubbed::stub))
+            .await
+            .map_err(|error| self.file_error(error))?;
         self.stubs += stubbed.len() as u64;
         self.end_transaction(commits).await
     }

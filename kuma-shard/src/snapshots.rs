@@ -84,6 +84,14 @@ pub(crate) async fn clear(connection: &mut SqliteConnection, eid: i64) -> sqlx::
     Ok(sqlx::query(clear).bind(eid).execute(connection).await?.rows_affected() > 0)
 }
 
+/// Empties the snapshots of these entities.
+pub(crate) async fn clear_all(connection: &mut SqliteConnection, eids: &[i64]) -> sqlx::Result<()> {
+    let eids: Vec<String> = eids.iter().map(i64::to_string).collect();
+    let clear = "UPDATE snapshot SET eid = NULL, version = 0, schema = 0, body = x''
+                 WHERE eid IN (SELECT value FROM json_each(?))";
+    sqlx::query(clear).bind(format!("[{}]", eids.join(","))).execute(connection).await.map(|_| ())
+}
+
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;

@@ -13,7 +13,7 @@ use sqlx::{
 };
 
 use crate::{
-    Commit, EntityRow, LogRow,
+    Commit, CopyId, EntityRow, LogRow, Slot, TransferId,
     append_keys::KeyedRow,
     log_book::Place,
     progress::{self, Stored},
@@ -34,6 +34,10 @@ const COPIED_ROWS: [usize; 3] = [128, 16, 1];
 const LOG_COLUMNS: usize = 11;
 const LOG_HEAD: &str =
     "INSERT INTO log(position, slot, seq, eid, version, count, at, epoch, append_key, checksum, body)";
+const INCOMING_HEAD: &str =
+    "INSERT INTO incoming_log(transfer, seq, slot, entity, version, count, at, epoch, append_key, checksum, body)";
+const INCOMING_ENTITY_HEAD: &str = "INSERT OR REPLACE INTO incoming_entity(
+    transfer, slot, entity, kind, id_hash, life, sealed_id, key_id, created_at, erased_at, checksum)";
 const ENTITY_COLUMNS: usize = 11;
 const ENTITY_HEAD: &str =
     "INSERT INTO entity(eid, copy, slot, kind, id_hash, life, sealed_id, key_id, created_at, erased_at, checksum)";
@@ -62,6 +66,10 @@ static ENTITIES: LazyLock<[&str; 3]> =
     LazyLock::new(|| ENTITY_ROWS.map(|rows| leak(format!("{ENTITY_HEAD} {}", values(ENTITY_COLUMNS, rows)))));
 static COPIED: LazyLock<[&str; 3]> =
     LazyLock::new(|| COPIED_ROWS.map(|rows| leak(format!("{LOG_HEAD} {}", values(LOG_COLUMNS, rows)))));
+static INCOMING: LazyLock<[&str; 3]> =
+    LazyLock::new(|| COPIED_ROWS.map(|rows| leak(format!("{INCOMING_HEAD} {}", values(LOG_COLUMNS, rows)))));
+static INCOMING_ENTITIES: LazyLock<[&str; 3]> =
+    LazyLock::new(|| ENTITY_ROWS.map(|rows| leak(format!("{INCOMING_ENTITY_HEAD} {}", values(ENTITY_COLUMNS, rows)))));
 static END: LazyLock<&str> = LazyLock::new(|| leak(format!("{}; COMMIT", progress::UPDATE)));
 
 fn values(columns: usize, rows: usize) -> String {
@@ -176,6 +184,67 @@ pub(crate) async fn insert_copied(connection: &mut SqliteConnection, rows: &[Cop
             .bind(row.position.cast_signed())
             .bind(i64::from(row.slot.number()))
             .bind(row.seq.cast_signed())
+            .bind(*eid)
+            .bind(row.version.cast_signed())
+            .bind(i64::from(row.count))
+            .bind(row.at_us)
+            .bind(row.epoch.to_i64())
+            .bind(row.append_key.clone())
+            .bind(*checksum)
+            .bind(row.body.clone())
+    })
+    .await
+}
+
+/// An entity of a slot that comes in.
+pub(crate) struct IncomingEntity<'a> {
+    pub(crate) transfer: TransferId,
+    pub(crate) slot: Slot,
+    pub(crate) entity: &'a EntityRow,
+}
+
+/// A row of a slot that comes in, with the number that its entity has at the giver.
+pub(crate) struct IncomingRow<'a> {
+    pub(crate) transfer: TransferId,
+    pub(crate) eid: i64,
+    pub(crate) row: &'a LogRow,
+    pub(crate) checksum: i64,
+}
+
+/// Inserts entities that come in, apart from those of the shard.
+pub(crate) async fn insert_incoming_entities(
+    connection: &mut SqliteConnection,
+    entities: &[IncomingEntity<'_>],
+) -> sqlx::Result<()> {
+    insert_all(connection, ENTITY_ROWS, *INCOMING_ENTITIES, entities, |query, incoming| {
+        let IncomingEntity { transfer, slot, entity } = incoming;
+        query
+            .bind(transfer.0.to_vec())
+            .bind(i64::from(slot.number()))
+            .bind(entity.eid)
+            .bind(entity.kind.to_string())
+            .bind(entity.id_hash.0.to_vec())
+            .bind(entity.life)
+            .bind(entity.sealed_id.clone())
+            .bind(entity.key_id.to_vec())
+            .bind(entity.created_at_us)
+            .bind(entity.erased_at_us)
+            .bind(EntityRow { copy: CopyId::LIVE, ..(*entity).clone() }.checksum())
+    })
+    .await
+}
+
+/// Inserts rows that come in, apart from the log of the shard.
+pub(crate) async fn insert_incoming_rows(
+    connection: &mut SqliteConnection,
+    rows: &[IncomingRow<'_>],
+) -> sqlx::Result<()> {
+    insert_all(connection, COPIED_ROWS, *INCOMING, rows, |query, incoming| {
+        let IncomingRow { transfer, eid, row, checksum } = incoming;
+        query
+            .bind(transfer.0.to_vec())
+            .bind(row.seq.cast_signed())
+            .bind(i64::from(row.slot.number()))
             .bind(*eid)
             .bind(row.version.cast_signed())
             .bind(i64::from(row.count))
