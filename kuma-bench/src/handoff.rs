@@ -15,18 +15,18 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 use hdrhistogram::Histogram;
-use kuma_cluster::{Cookie, Node, NodeOptions, Ring};
+use kuma_cluster::{Node, NodeOptions};
 use kuma_core::{Command, Entity, ExecuteError, SLOTS};
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
-use tempfile::TempDir;
 
 use crate::{
     Common,
     frame::{Figures, Frame},
     load,
+    nodes::{Cluster, PATIENCE, SHARDS},
     progress::Progress,
-    store, tasks,
+    tasks,
     usage::{self, Machine},
 };
 
@@ -100,8 +100,6 @@ fn id(entity: u64) -> String {
     format!("tally-{entity}")
 }
 
-/// How long a move may take before the run is given up.
-const PATIENCE: Duration = Duration::from_secs(300);
 /// The load before the first slot moves, to compare with.
 const BEFORE: Duration = Duration::from_secs(5);
 
@@ -117,72 +115,6 @@ pub(crate) async fn run(mut args: HandoffArgs) -> Result<()> {
     args.common.shards = args.common.shards.or(Some(SHARDS));
     let json = args.common.json.clone();
     Frame::new("handoff", durability, Machine::this(&base), serde_json::to_value(&args)?, runs).publish(json.as_deref())
-}
-
-/// Of each node: five of them share the machine.
-const SHARDS: u16 = 2;
-
-struct Cluster {
-    cookie: Cookie,
-    shards: u16,
-    base: std::path::PathBuf,
-    nodes: Vec<(Node, TempDir)>,
-}
-
-impl Cluster {
-    fn options(&self, directory: &Path, name: &str) -> NodeOptions {
-        let listen = std::net::SocketAddr::from((std::net::Ipv4Addr::LOCALHOST, 0));
-        let options = NodeOptions::new(directory, self.cookie.clone())
-            .listen(listen)
-            .context("bench")
-            .name(name)
-            .shards(self.shards);
-        options.entity::<Tally>().command::<Tally, Take>()
-    }
-
-    async fn start(&self, name: &str) -> Result<(Node, TempDir)> {
-        let directory = store::temporary(&self.base)?;
-        let options = self.options(directory.path(), name);
-        let options = match self.nodes.first() {
-            None => options.found(),
-            Some((seed, _)) => options.seed_nodes([seed.address().to_string()]),
-        };
-        let node = Node::start(options).await.context("a node cannot be started")?;
-        Ok((node, directory))
-    }
-
-    fn nodes(&self) -> Vec<Node> {
-        self.nodes.iter().map(|(node, _)| node.clone()).collect()
-    }
-
-    /// Returns when every slot is where it should be.
-    async fn settled(&self) -> Result<()> {
-        let begun = Instant::now();
-        let is_settled = || {
-            let view = |node: &Node| {
-                let of = |member: kuma_cluster::MemberStatus| (member.name, member.standing, member.wished);
-                node.members().into_iter().map(of).collect::<Vec<_>>()
-            };
-            let first = view(&self.nodes[0].0);
-            self.nodes.iter().all(|(node, _)| {
-                let wished = node.members().iter().find(|member| member.is_own).map(|own| own.wished);
-                view(node) == first && wished == Some(node.owned()) && node.is_settled()
-            })
-        };
-        while !is_settled() {
-            ensure!(begun.elapsed() < PATIENCE, "slots are not where they should be after {PATIENCE:?}");
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-        Ok(())
-    }
-
-    fn ring(&self, of: &[usize]) -> Ring {
-        let own = |index: &usize| {
-            let members = self.nodes[*index].0.members();
-            members.into_iter().find(|member| member.is_own).map(|member| member.node)
-        };
-        Ring::new(of.iter().filter_map(own), &Default::default())
-    }
 }
 
 /// What clients did.
@@ -241,10 +173,8 @@ impl Clients {
 
 async fn one_run(args: &HandoffArgs, base: &Path, progress: &Progress) -> Result<(Figures, String)> {
     let shards = args.common.shards.unwrap_or(SHARDS);
-    let mut cluster = Cluster { cookie: Cookie::generate()?, shards, base: base.to_owned(), nodes: Vec::new() };
-    let founder = cluster.start("n1").await?;
-    cluster.nodes.push(founder);
-    cluster.settled().await?;
+    let kinds = |options: NodeOptions| options.entity::<Tally>().command::<Tally, Take>();
+    let mut cluster = Cluster::found(base, shards, kinds).await?;
     progress.phase("fill", args.entities);
     fill(args, &cluster.nodes[0].0, progress).await?;
     progress.phase("three nodes", 0);

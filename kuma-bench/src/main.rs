@@ -5,11 +5,14 @@
 mod activate;
 mod dawdle;
 mod erase;
+mod forward;
 mod frame;
 mod handoff;
 mod http;
+mod idle;
 mod load;
 mod memory;
+mod nodes;
 mod progress;
 mod project;
 mod raw;
@@ -128,6 +131,15 @@ enum Command {
     /// long writes to a slot waited: from its seal until the other node said that it owns it. Times of requests run from when they were due;
     /// added_request_p99_ms is that while slots moved less that before. Every entity is read back and compared with what was acknowledged.
     Handoff(handoff::HandoffArgs),
+    /// Appends asked of one node and done by another, against the same asked of the one that does them
+    ///
+    /// Two nodes in one process, linked over loopback, encrypted. Each caller has an entity of its own, of the second node, and appends to it, one
+    /// append after the other. *_ratio is the rate of appends that the first node passes on by that of appends that the second is asked for.
+    Forward(forward::ForwardArgs),
+    /// What a cluster costs that nobody asks anything
+    ///
+    /// Nodes in one process, linked over loopback, without entities. cpu_percent_per_node is user and system time of the process, of one core.
+    Idle(idle::IdleArgs),
     /// Memory of live entities, against bare tasks with a channel
     ///
     /// The growth of the resident memory by the number of entities, each in a process of its own: after one append of 64 B to
@@ -204,6 +216,8 @@ fn run(command: Command) -> Result<()> {
             Command::Http(args) => http::run(args).await,
             Command::HttpServe(args) => http::serve(args).await,
             Command::Handoff(args) => handoff::run(args).await,
+            Command::Forward(args) => forward::run(args).await,
+            Command::Idle(args) => idle::run(args).await,
             Command::Memory(args) => memory::run(args).await,
             Command::MemoryPhase(args) => memory::phase(args).await,
         }

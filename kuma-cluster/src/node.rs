@@ -226,7 +226,7 @@ impl NodeOptions {
         self
     }
 
-    /// How many slots of this node are on their way at once. Default: 16.
+    /// How many slots of this node are on their way at once. Default: 4.
     pub fn moves_at_once(mut self, slots: usize) -> Self {
         self.moves_max = slots.max(1);
         self
@@ -835,7 +835,7 @@ async fn serve(shared: &Arc<Shared>, from: DiskId, kind: u8, body: &[u8]) -> Opt
                 Err(_) => refused("the node is stopping"),
             }
         }
-        kind::REQUEST => Some(wire::encode(&requests::serve(shared, wire::decode(body)?).await)),
+        kind::REQUEST => Some(wire::encode(&requests::serve(shared, wire::decode(body)?, body.len()).await)),
         kind::WELCOME => {
             let state = shared.state();
             let welcome = state.disks.is_active().then(|| Welcome {

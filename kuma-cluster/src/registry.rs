@@ -3,6 +3,7 @@
 //! Invariants:
 //! - It moves nothing by itself: what it says is a wish, and the slot's actor and token decide.
 //! - No more than so many slots of this node are on their way at once, and one that has just been tried is left alone for a while.
+//! - Moving has time, requests have not: after a slot that somebody waited for, the next one begins no sooner than that pause took.
 //! - Nothing is served before another node that serves has said that this disk is the newest one of its node, or all nodes are there
 //!   (a whole cluster that starts), or there are no others.
 
@@ -29,7 +30,9 @@ use crate::{
 /// How often it looks, beside what it is told.
 const EVERY: Duration = Duration::from_millis(250);
 /// Slots of this node that are on their way at once, unless the options say otherwise.
-pub(crate) const MOVES_MAX: usize = 16;
+pub(crate) const MOVES_MAX: usize = 4;
+/// The longest rest between two moves, however long requests were held up: on a machine that is slow for other reasons moves go on.
+const REST_MAX: Duration = Duration::from_millis(100);
 /// After an attempt that came to nothing.
 const LEAVE_ALONE: Duration = Duration::from_secs(1);
 /// How often everything is told to everybody, in case that something was lost.
@@ -44,7 +47,9 @@ pub(crate) enum RegistryMessage {
     /// What is known of the cluster has changed.
     Changed,
     /// A slot has moved, or not.
-    MoveEnded { slot: Slot, is_done: bool },
+    MoveEnded { slot: Slot, is_done: bool, rest: Duration },
+    /// Slots may move again.
+    Rested,
 }
 
 impl ractor::Message for RegistryMessage {} // local only
@@ -56,6 +61,8 @@ pub(crate) struct RegistryState {
     moves_max: usize,
     join: Join,
     left_alone: HashMap<Slot, Instant>,
+    /// No slot begins to move before.
+    rest_until: Instant,
     told_at: Instant,
     /// Something changed since everybody was told.
     untold: bool,
@@ -78,6 +85,7 @@ impl Actor for Registry {
             moves_max,
             join: Join::default(),
             left_alone: HashMap::new(),
+            rest_until: Instant::now(),
             told_at: Instant::now(),
             untold: true,
         })
@@ -85,7 +93,7 @@ impl Actor for Registry {
 
     async fn handle(
         &self,
-        _me: ActorRef<RegistryMessage>,
+        me: ActorRef<RegistryMessage>,
         message: RegistryMessage,
         state: &mut RegistryState,
     ) -> Result<(), ActorProcessingErr> {
@@ -99,12 +107,18 @@ impl Actor for Registry {
                 state.untold = true;
                 state.look().await;
             }
-            RegistryMessage::MoveEnded { slot, is_done } => {
+            RegistryMessage::MoveEnded { slot, is_done, rest } => {
                 if !is_done {
                     state.left_alone.insert(slot, Instant::now() + LEAVE_ALONE);
                 }
+                let rest = rest.min(REST_MAX);
+                if !rest.is_zero() {
+                    state.rest_until = state.rest_until.max(Instant::now() + rest);
+                    me.send_after(rest, || RegistryMessage::Rested);
+                }
                 state.start_moves().await;
             }
+            RegistryMessage::Rested => state.start_moves().await,
         }
         Ok(())
     }
@@ -225,10 +239,10 @@ impl RegistryState {
         let Some(transport) = shared.transport() else { return };
         let may = shared.has_passed.load(SeqCst) && !shared.is_closing.load(SeqCst);
         let mut room = self.moves_max.saturating_sub(shared.moves.lock().len());
-        if !may || room == 0 {
+        let now = Instant::now();
+        if !may || room == 0 || now < self.rest_until {
             return;
         }
-        let now = Instant::now();
         self.left_alone.retain(|_, until| *until > now);
         for (slot, _, to) in self.wishes() {
             if room == 0 {

@@ -170,9 +170,20 @@ pub(crate) async fn answer(shared: &Arc<Shared>, request: &Request) -> Option<Re
 }
 
 /// Answers a request of another node.
-pub(crate) async fn serve(shared: &Arc<Shared>, request: Request) -> Reply {
+///
+/// One that has to wait for a slot that is on its way needs room here. Without room it goes back, and is asked again from where it came from: no
+/// node holds more of others' requests than it has memory for.
+pub(crate) async fn serve(shared: &Arc<Shared>, request: Request, bytes: usize) -> Reply {
     let slot = slot_of(&request.entity_kind, &request.id);
+    let mut place = None;
     loop {
+        if shared.slots.gate(slot) == Gate::Sealed && place.is_none() {
+            let kib = u32::try_from(bytes.div_ceil(1024)).unwrap_or(u32::MAX);
+            place = shared.parking.clone().try_acquire_many_owned(kib).ok();
+            if place.is_none() {
+                return elsewhere(shared, slot);
+            }
+        }
         match shared.slots.decided(slot).await {
             Gate::Open => match answer(shared, &request).await {
                 Some(reply) => return reply,

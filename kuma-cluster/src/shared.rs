@@ -95,6 +95,8 @@ pub(crate) struct Shared {
     pub(crate) totals: Mutex<MoveTotals>,
     /// Leave to seal a slot.
     pub(crate) sealing: Arc<Semaphore>,
+    /// Room for requests of other nodes that wait for a slot that is on its way, in KiB.
+    pub(crate) parking: Arc<Semaphore>,
     /// When a slot came or went last.
     pub(crate) moved_at: Mutex<Option<Instant>>,
     /// Something was given away whose rows are to be collected.
@@ -108,8 +110,10 @@ pub(crate) struct Shared {
     pub(crate) is_closing: AtomicBool,
 }
 
-/// Slots of a node that are sealed at once. Each waits for a few commits on both nodes; more of them wait for each other's.
-const SEALED_MAX: usize = 2;
+/// Slots of a node that are sealed at once. Each waits for a few commits on both nodes; more of them would wait for each other's.
+const SEALED_MAX: usize = 1;
+/// KiB of other nodes' requests that wait here for slots that are on their way; whoever asks holds the rest and asks again.
+const PARKED_KIB_MAX: usize = 16 << 10;
 
 /// Pauses that are kept.
 const PAUSES_MAX: usize = 100_000;
@@ -134,6 +138,7 @@ impl Shared {
             moves: Mutex::default(),
             totals: Mutex::default(),
             sealing: Arc::new(Semaphore::new(SEALED_MAX)),
+            parking: Arc::new(Semaphore::new(PARKED_KIB_MAX)),
             moved_at: Mutex::new(None),
             collect: Notify::new(),
             has_passed: AtomicBool::new(false),
@@ -289,7 +294,9 @@ impl Shared {
 
     /// A slot of this node has come to another one, or not.
     pub(crate) fn note_end(&self, slot: Slot, pause: Option<Duration>) {
-        self.moves.lock().remove(&slot);
+        let rows = self.moves.lock().remove(&slot).map_or(0, |progress| progress.rows_sent);
+        // Nobody waits for a slot that nothing is in.
+        let rest = pause.filter(|_| rows > 0).unwrap_or_default();
         *self.moved_at.lock() = Some(Instant::now());
         let mut totals = self.totals.lock();
         match pause {
@@ -303,7 +310,7 @@ impl Shared {
             None => totals.aborted += 1,
         }
         drop(totals);
-        self.wake(RegistryMessage::MoveEnded { slot, is_done: pause.is_some() });
+        self.wake(RegistryMessage::MoveEnded { slot, is_done: pause.is_some(), rest });
     }
 }
 

@@ -73,6 +73,8 @@ pub(crate) struct SlotState {
     /// Held while the slot is sealed: a few at a time, so that each is so for a short time.
     leave: Option<OwnedSemaphorePermit>,
     sealed_at: Option<Instant>,
+    /// How long requests waited, once the other node has said that it owns the slot.
+    pause: Option<Duration>,
     /// At the receiver: what of each transfer was read back.
     read: HashMap<TransferId, ReadBack>,
     /// The timer that counts, and when it is over; none if nothing is waited for.
@@ -101,6 +103,7 @@ impl Actor for SlotActor {
             copying: None,
             leave: None,
             sealed_at: None,
+            pause: None,
             read: HashMap::new(),
             timer: None,
             ticks: 0,
@@ -166,6 +169,9 @@ impl SlotState {
             Message::Prepare { transfer, .. } => self.read_back(transfer).await,
             _ => None,
         };
+        if matches!(envelope.message, Message::Taken { .. }) {
+            self.pause = self.sealed_at.map(|at| at.elapsed());
+        }
         let is_lost = |transfer| {
             let out = self.handoff.out.filter(|out| (out.to, out.transfer) == (envelope.from, transfer));
             out.is_some_and(|out| matches!(out.phase, Phase::Sealed(_)))
@@ -260,7 +266,8 @@ impl SlotState {
             }
             Txn::ConfirmTaken { .. } => {
                 if let Some(sealed_at) = self.sealed_at.take() {
-                    self.shared.note_end(slot, Some(sealed_at.elapsed()));
+                    let pause = self.pause.take().unwrap_or_else(|| sealed_at.elapsed());
+                    self.shared.note_end(slot, Some(pause));
                 }
                 self.leave = None;
                 self.shared.collect.notify_one();
@@ -367,11 +374,12 @@ impl SlotState {
         let out = self.handoff.out.ok_or("the attempt is over")?;
         let mut copy = self.copy.take().ok_or("there is no copy")?;
         let content = self.shared.slots.seal(slot).await.map_err(|error| error.to_string())?;
+        // Requests wait for it: it does not stand back behind them.
         while let Some(chunk) = copy.next().await.map_err(|error| error.to_string())? {
-            send(&self.shared, slot, out.transfer, out.to, chunk).await?;
+            send(&self.shared, slot, out.transfer, out.to, chunk, Urgency::Awaited).await?;
         }
         if let Some(rest) = copy.rest().await.map_err(|error| error.to_string())? {
-            send(&self.shared, slot, out.transfer, out.to, rest).await?;
+            send(&self.shared, slot, out.transfer, out.to, rest, Urgency::Awaited).await?;
         }
         match copy.is_stale() || self.shared.slots.is_erasing(slot) {
             true => Err("something in it is being erased".to_owned()),
@@ -474,7 +482,7 @@ async fn catch_up(
 ) -> Result<(), String> {
     while let Some(chunk) = copy.next().await.map_err(|error| error.to_string())? {
         let rows = chunk.rows.rows.len() as u64;
-        send(shared, slot, transfer, to, chunk).await?;
+        send(shared, slot, transfer, to, chunk, Urgency::Beside).await?;
         if let Some(progress) = shared.moves.lock().get_mut(&slot) {
             progress.rows_sent += rows;
             progress.rows_left = copy.rows_left();
@@ -483,11 +491,27 @@ async fn catch_up(
     Ok(())
 }
 
+/// Whether requests wait for a piece.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Urgency {
+    /// The slot is served meanwhile: everything else goes first.
+    Beside,
+    /// The slot is sealed.
+    Awaited,
+}
+
 /// Sends a piece and waits until it is on the other disk.
-async fn send(shared: &Shared, slot: Slot, transfer: TransferId, to: DiskId, chunk: SlotChunk) -> Result<(), String> {
+async fn send(
+    shared: &Shared,
+    slot: Slot,
+    transfer: TransferId,
+    to: DiskId,
+    chunk: SlotChunk,
+    urgency: Urgency,
+) -> Result<(), String> {
     let transport: &Arc<dyn Transport> = shared.transport().ok_or("the node is starting")?;
     let body = wire::encode(&ChunkFrame { slot, transfer, from: shared.own, to, chunk });
-    let reply = match body.len() <= BULK_BYTES_MAX {
+    let reply = match urgency == Urgency::Beside && body.len() <= BULK_BYTES_MAX {
         true => transport.call_bulk(to, kind::CHUNK, body, CHUNK_WITHIN).await,
         false => transport.call(to, kind::CHUNK, body, CHUNK_WITHIN).await,
     };
