@@ -156,6 +156,11 @@ impl RegistryState {
         let request = wire::encode(&JoinRequest { node: state.node, member, replaces: None });
         let waiting: Vec<DiskId> =
             state.disks.members().filter(|disk| *disk != shared.own && !self.join.has_answered(*disk)).collect();
+        if waiting.is_empty() {
+            // Whoever was waited for is gone since, and no answer is to come that would tell. All are asked anew.
+            self.join = Join::default();
+            return;
+        }
         let asked = waiting
             .iter()
             .map(|disk| async { (*disk, transport.call(*disk, kind::JOIN, request.clone(), JOIN_WITHIN).await) });
