@@ -6,6 +6,7 @@
 // This is test code that happens to be a library: a failed unwrap is a failed promise.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+pub mod cluster_child;
 pub mod tally;
 
 use std::{

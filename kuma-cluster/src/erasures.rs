@@ -19,6 +19,7 @@ use parking_lot::Mutex;
 
 use crate::{
     erasure::{Effect, Envelope, Erasure, Input, KeyId, Message, Plan, Tombstone, Tombstones, Write},
+    fail_points::fail_point,
     handoff::{Handoff, Safeguards},
     shared::Shared,
     wire::{self, ShredFrame, ShredReply, kind},
@@ -195,7 +196,9 @@ pub(crate) async fn serve(shared: &Arc<Shared>, from: DiskId, frame: ShredFrame)
         !Tombstones::default().shred(&disks, envelope, Safeguards::ALL).writes.is_empty()
     };
     let lives: Vec<ErasedLife> = frame.lives.into_iter().filter(is_asked).collect();
-    match shared.slots.shred(&lives).await {
+    let shredded = shared.slots.shred(&lives).await;
+    fail_point("shred.committed");
+    match shredded {
         Ok(receipts) => ShredReply { done: lives.iter().map(|life| life.key_id).zip(receipts).collect() },
         Err(error) => {
             tracing::warn!(target: "kuma::cluster", %error, erasures = lives.len(), "keys that another node erases could not be destroyed; it asks again");

@@ -19,6 +19,7 @@ pub mod disks;
 mod erase;
 pub mod erasure;
 mod erasures;
+mod fail_points;
 pub mod handle;
 pub mod handoff;
 pub mod link;

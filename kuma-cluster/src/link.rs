@@ -365,6 +365,12 @@ impl Links {
         self.0.shared.sessions.up(disk).is_some()
     }
 
+    /// For how long nothing has come from a disk, whether there is a link to it or there was one in the last minute. A peer that has nothing to say
+    /// says so every [`LinkLimits::keepalive`].
+    pub fn silence(&self, disk: DiskId) -> Option<Duration> {
+        self.0.shared.sessions.silence(disk)
+    }
+
     /// All that there is a link to.
     pub fn peers(&self) -> Vec<PeerState> {
         let sessions = &self.0.shared.sessions;

@@ -72,6 +72,10 @@ impl Transport for Linked {
         self.0.is_up(disk)
     }
 
+    fn silence(&self, disk: DiskId) -> Option<Duration> {
+        self.0.silence(disk)
+    }
+
     fn stop(&self) -> BoxFuture<'_, ()> {
         Box::pin(self.0.stop())
     }

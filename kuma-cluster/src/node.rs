@@ -27,6 +27,7 @@ use crate::{
     disks::Disks,
     erasure::Tombstones,
     erasures::{self, Erasures},
+    fail_points::fail_point,
     handle::{Handle, RawHandle},
     handoff::Safeguards,
     link::Cookie,
@@ -435,6 +436,7 @@ impl Node {
             .register(kuma)
             .map_err(|refused| NodeError::Option { option: "entity", reason: refused.to_string() })?;
         slots.index().await?;
+        fail_point("boot.token_loaded");
         for (slot, transfer) in slots.leftovers().await? {
             slots.drop_transfer(slot, transfer).await?;
         }
@@ -886,6 +888,7 @@ async fn admit(shared: &Arc<Shared>, from: DiskId, request: JoinRequest) -> Join
             ))
         })
         .await;
+    fail_point("join.ack_committed");
     match admitted {
         Ok(Ok((answer, members))) => JoinReply::Admitted { answer, members },
         Ok(Err(refused)) => JoinReply::Refused(refused.to_string()),

@@ -20,6 +20,7 @@ use crate::{
     disks::Join,
     erasure::Tombstones,
     erasures,
+    fail_points::fail_point,
     handoff::Safeguards,
     members::{NodeId, Standing},
     shared::Shared,
@@ -37,6 +38,8 @@ const REST_MAX: Duration = Duration::from_millis(100);
 const LEAVE_ALONE: Duration = Duration::from_secs(1);
 /// How often everything is told to everybody, in case that something was lost.
 const TELL_EVERY: Duration = Duration::from_secs(5);
+/// So many attempts to be let in are made before it is said that somebody is waited for.
+const SAID_AFTER: u32 = 8;
 const JOIN_WITHIN: Duration = Duration::from_secs(2);
 
 pub(crate) enum RegistryMessage {
@@ -60,6 +63,8 @@ pub(crate) struct RegistryState {
     shared: Arc<Shared>,
     moves_max: usize,
     join: Join,
+    /// Who has not let this node in yet, and how often that was so.
+    waits_for: (Vec<DiskId>, u32),
     left_alone: HashMap<Slot, Instant>,
     /// No slot begins to move before.
     rest_until: Instant,
@@ -84,6 +89,7 @@ impl Actor for Registry {
             shared,
             moves_max,
             join: Join::default(),
+            waits_for: (Vec::new(), 0),
             left_alone: HashMap::new(),
             rest_until: Instant::now(),
             told_at: Instant::now(),
@@ -150,10 +156,17 @@ impl RegistryState {
         let request = wire::encode(&JoinRequest { node: state.node, member, replaces: None });
         let waiting: Vec<DiskId> =
             state.disks.members().filter(|disk| *disk != shared.own && !self.join.has_answered(*disk)).collect();
+        if waiting.is_empty() {
+            // Whoever was waited for is gone since, and no answer is to come that would tell. All are asked anew.
+            self.join = Join::default();
+            return;
+        }
         let asked = waiting
             .iter()
             .map(|disk| async { (*disk, transport.call(*disk, kind::JOIN, request.clone(), JOIN_WITHIN).await) });
-        for (disk, reply) in futures_util::future::join_all(asked).await {
+        let replies = futures_util::future::join_all(asked).await;
+        fail_point("join.req_sent");
+        for (disk, reply) in replies {
             let reply = reply.ok().and_then(|reply| wire::decode(&reply));
             if let Some(JoinReply::Admitted { .. }) = &reply
                 && let Err(why) = erasures::take_over_ledger(&shared, disk).await
@@ -190,9 +203,25 @@ impl RegistryState {
             }
         }
         if shared.state().disks.is_active() {
+            fail_point("join.activated");
             tracing::info!(target: "kuma::cluster", node = %shared.name, "this node takes part in the cluster");
             self.untold = true;
         }
+        self.tell_who_is_waited_for();
+    }
+
+    /// Says whose answer is missing, once, when it is so for some time.
+    fn tell_who_is_waited_for(&mut self) {
+        let shared = &self.shared;
+        let disks = shared.state().disks.clone();
+        let is_missing = |disk: &DiskId| *disk != shared.own && !self.join.has_answered(*disk);
+        let missing: Vec<DiskId> = disks.members().filter(is_missing).collect();
+        let looks = if missing == self.waits_for.0 { self.waits_for.1 + 1 } else { 0 };
+        if !disks.is_active() && !missing.is_empty() && looks == SAID_AFTER {
+            let nodes = missing.iter().map(|disk| shared.name_of(*disk)).collect::<Vec<_>>().join(", ");
+            tracing::warn!(target: "kuma::cluster", %nodes, "this node does not take part yet: every node has to let it in, and these have not; attest one to be destroyed if its disk is");
+        }
+        self.waits_for = (missing, looks);
     }
 
     /// Serves, once it may.
@@ -208,6 +237,7 @@ impl RegistryState {
         if !(told || peers.iter().all(is_up)) {
             return;
         }
+        fail_point("boot.hello_passed");
         let owns = shared.owns();
         for (slot, epoch) in &owns {
             shared.slots.set_gate(*slot, Gate::Open);

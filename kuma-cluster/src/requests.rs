@@ -13,14 +13,17 @@
 //! Invariants:
 //! - A write that goes to another node has an idempotency key, its caller's or one of its own: whatever becomes of the link, it happens once.
 //! - Only what surely was not done is tried elsewhere without being told: with a key everything can be.
-//! - A request ends at its deadline, with what is known then.
+//! - A request ends at its deadline, with what is known then. Before that it is told that the owner is out of reach, within two seconds of the moment
+//!   when the owner fell silent: unless it was sent to it already, so that it may have been done.
 
 use std::{
     sync::{Arc, atomic::Ordering::SeqCst},
     time::{Duration, Instant},
 };
 
-use kuma_core::{AppendError, Entity, EntityHash, Gate, ReadError, Refused, Slot, Unavailable, Version, slot_of};
+use kuma_core::{
+    AppendError, DiskId, Entity, EntityHash, Gate, ReadError, Refused, Slot, Unavailable, Version, slot_of,
+};
 
 use crate::{
     commands::Call,
@@ -32,8 +35,14 @@ use crate::{
 
 /// What a request waits between two attempts: at first hardly, then some more.
 const AGAIN: [Duration; 2] = [Duration::from_millis(1), Duration::from_millis(50)];
-/// An owner whose link broke so long ago is said to be out of reach: a link that can be made again is, in less.
+/// An owner to which there is no link, and from which nothing has come for so long, is said to be out of reach: a link that can be made again is, in
+/// less. It is counted from the last sign of life, not from the end of the link: that of a node which stands still ends by its silence, later than this.
 const UNREACHABLE_AFTER: Duration = Duration::from_secs(1);
+/// A node says something every 300 ms. One that has not for so long is sent no request until it does: what is sent to a node that stands still may be
+/// done or not, and its caller has to wait to be told which.
+const DOUBTFUL_AFTER: Duration = Duration::from_millis(800);
+/// How often a request that waits for a decision looks whether there is anybody who can make it.
+const LOOK_AGAIN: Duration = Duration::from_millis(250);
 /// And one that there never was a link to, in this run of the node.
 const NEVER_REACHED_AFTER: Duration = Duration::from_secs(5);
 
@@ -62,7 +71,7 @@ pub(crate) async fn ask(shared: &Arc<Shared>, request: Request, within: Duration
             }
             Gate::Sealed => {
                 // Decided in a moment, one way or the other; unless whoever decides is out of reach.
-                let moment = left.min(UNREACHABLE_AFTER);
+                let moment = left.min(LOOK_AGAIN);
                 if tokio::time::timeout(moment, shared.slots.decided(slot)).await.is_err()
                     && sent.is_none()
                     && let Some(unreachable) = giver_out_of_reach(shared, slot)
@@ -76,15 +85,14 @@ pub(crate) async fn ask(shared: &Arc<Shared>, request: Request, within: Duration
         let owner = shared.routes.get(slot).filter(|(_, disk)| *disk != shared.own);
         if let (Some((_, disk)), Some(transport)) = (owner, shared.transport()) {
             if !transport.is_up(disk) {
-                let down = shared.down.lock().get(&disk).map(Instant::elapsed);
-                let (since, patience) = match down {
+                let (since, patience) = match silence(shared, disk) {
                     Some(since) => (since, UNREACHABLE_AFTER),
                     None => (begun.elapsed(), NEVER_REACHED_AFTER),
                 };
                 if since >= patience && sent.is_none() {
                     return Err(Unavailable::OwnerUnreachable { slot, node: shared.name_of(disk), since });
                 }
-            } else {
+            } else if transport.silence(disk).is_none_or(|silence| silence < DOUBTFUL_AFTER) {
                 let body = body.get_or_insert_with(|| wire::encode(&request));
                 match transport.call(disk, kind::REQUEST, body.clone(), left).await {
                     Ok(reply) => match wire::decode(&reply) {
@@ -104,7 +112,10 @@ pub(crate) async fn ask(shared: &Arc<Shared>, request: Request, within: Duration
                         let why = format!("the request has {bytes} bytes, which is more than goes to another node");
                         return Ok(Reply::Failed(Failure::Refused(why)));
                     }
-                    Err(error) if error.is_outcome_unknown() => sent = Some(error.to_string()),
+                    // It does not matter whether something was read.
+                    Err(error) if error.is_outcome_unknown() && !matches!(request.ask, Ask::Read) => {
+                        sent = Some(error.to_string());
+                    }
                     Err(_) => {}
                 }
             }
@@ -114,13 +125,21 @@ pub(crate) async fn ask(shared: &Arc<Shared>, request: Request, within: Duration
     }
 }
 
+/// For how long there has been no sign of life of a disk to which there is no link, but was one.
+fn silence(shared: &Shared, disk: DiskId) -> Option<Duration> {
+    let down = shared.down.lock().get(&disk).map(Instant::elapsed);
+    down.map(|down| {
+        shared.transport().and_then(|transport| transport.silence(disk)).map_or(down, |silence| silence.max(down))
+    })
+}
+
 /// A slot that was about to come here waits for what its giver decides.
 fn giver_out_of_reach(shared: &Shared, slot: Slot) -> Option<Unavailable> {
     let giver = shared.slots.record(slot)?.staged?.from;
     if shared.transport().is_some_and(|transport| transport.is_up(giver)) {
         return None;
     }
-    let since = shared.down.lock().get(&giver).map(Instant::elapsed).unwrap_or_default();
+    let since = silence(shared, giver).unwrap_or_default();
     let node = shared.name_of(giver);
     (since >= UNREACHABLE_AFTER).then_some(Unavailable::OwnerUnreachable { slot, node, since })
 }

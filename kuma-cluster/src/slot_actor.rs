@@ -22,6 +22,7 @@ use ractor::{Actor, ActorProcessingErr, ActorRef};
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
 use crate::{
+    fail_points::{self, fail_point},
     handoff::{Effect, Envelope, Handoff, Input, Message, Phase, Safeguards},
     shared::{MoveProgress, Shared},
     transport::Transport,
@@ -183,6 +184,9 @@ impl SlotState {
             return self.put_in(me, Input::Abort).await;
         }
         self.put_in(me, Input::Message { envelope, found }).await;
+        if let Message::Status { .. } = envelope.message {
+            fail_point("handoff.status.answered");
+        }
         if let Message::Abort { transfer } = envelope.message {
             self.drop_transfer(transfer).await;
         }
@@ -200,8 +204,10 @@ impl SlotState {
             }
             if let Some(txn) = plan.txn {
                 let is_release = matches!(txn, Txn::Release { .. });
+                fail_points::before_commit(&txn);
                 let is_committed = self.commit(&txn).await;
                 if is_committed {
+                    fail_points::committed(&txn);
                     self.committed(&txn).await;
                     for effect in plan.on_commit {
                         self.carry_out(me, effect, &mut inputs).await;
@@ -296,8 +302,12 @@ impl SlotState {
 
     async fn carry_out(&mut self, me: &ActorRef<SlotMessage>, effect: Effect, inputs: &mut VecDeque<Input>) {
         let slot = self.slot;
+        fail_points::before_effect(&effect);
         match effect {
-            Effect::Send(envelope) => self.shared.cast(envelope.to, kind::HANDOFF, &HandoffFrame { slot, envelope }),
+            Effect::Send(envelope) => {
+                self.shared.cast(envelope.to, kind::HANDOFF, &HandoffFrame { slot, envelope });
+                fail_points::sent(&envelope.message);
+            }
             Effect::Copy(transfer, to) => self.begin_copy(me, transfer, to),
             Effect::Park => {
                 self.sealed_at = Some(Instant::now());
@@ -515,6 +525,7 @@ async fn send(
         true => transport.call_bulk(to, kind::CHUNK, body, CHUNK_WITHIN).await,
         false => transport.call(to, kind::CHUNK, body, CHUNK_WITHIN).await,
     };
+    fail_point("handoff.start.chunk_sent");
     match reply.map(|reply| wire::decode(&reply)) {
         Ok(Some(ChunkReply::Kept)) => Ok(()),
         Ok(Some(ChunkReply::Refused(why))) => Err(format!("the other node refused a piece: {why}")),

@@ -43,6 +43,11 @@ pub trait Transport: Send + Sync + 'static {
     /// Whether there is a link.
     fn is_up(&self, disk: DiskId) -> bool;
 
+    /// For how long nothing has come from a disk, if that is known; also when the link is gone.
+    fn silence(&self, _: DiskId) -> Option<Duration> {
+        None
+    }
+
     /// Ends all links.
     fn stop(&self) -> BoxFuture<'_, ()>;
 }

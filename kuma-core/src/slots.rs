@@ -273,6 +273,7 @@ impl Slots {
     pub async fn seal(&self, slot: Slot) -> Result<Content, SlotError> {
         let core = self.core(slot)?;
         self.set_gate(slot, Gate::Sealed);
+        fail::fail_point!("handoff.seal.parked");
         let (done, gone) = oneshot::channel();
         let supervisor = core.supervisor.lock().clone();
         let leave = SupervisorMessage::LeaveSlot { slot, done };
@@ -280,8 +281,10 @@ impl Slots {
             // Dropped only with the supervisor, and then the entities are gone too.
             let _ = gone.await;
         }
+        fail::fail_point!("handoff.seal.actors_stopped");
         self.inner.erasing().at_rest(slot).await;
         core.settled(&Arc::new(kuma_shard::Activation::at(0))).await;
+        fail::fail_point!("handoff.seal.drained");
         let record = core.shard.slot(slot).ok_or(SlotError::OutOfUse { slot })?;
         Ok(record.content)
     }

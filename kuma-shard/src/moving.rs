@@ -254,7 +254,11 @@ impl Shard {
     /// # Cancel safety
     /// Cancel safe.
     pub async fn collect_departed(&self, slot: Slot, transfer: TransferId) -> Result<(), CommitError> {
-        self.step_by_step(|done, on_settled| LogEntry::stub_departed(slot, transfer, done, on_settled)).await
+        self.step_by_step(|done, on_settled| {
+            fail::fail_point!("handoff.rows.gc_batch");
+            LogEntry::stub_departed(slot, transfer, done, on_settled)
+        })
+        .await
     }
 
     /// The entities of a slot as they are now.

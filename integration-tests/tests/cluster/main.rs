@@ -6,5 +6,11 @@ mod common;
 
 mod erase;
 mod faults;
+mod gate;
+mod handoff_crash;
+mod ledger;
 mod members;
+mod processes;
 mod slots;
+mod strangers;
+mod unreachable;

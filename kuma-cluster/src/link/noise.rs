@@ -174,6 +174,7 @@ impl Secure {
         };
         let outgoing = Arc::new(Mutex::new(outgoing));
         tokio::spawn(keep_alive(Arc::downgrade(&outgoing), pace.keepalive));
+        *life.heard.lock() = Some(Instant::now());
         let reader = NoiseReader {
             half: read,
             keys: self.keys,
@@ -198,6 +199,7 @@ impl Secure {
 pub(super) struct Life {
     closed: AtomicBool,
     why: Mutex<Option<String>>,
+    heard: Mutex<Option<Instant>>,
     reader: AtomicWaker,
     writer: AtomicWaker,
 }
@@ -209,6 +211,11 @@ impl Life {
         self.closed.store(true, Ordering::Release);
         self.reader.wake();
         self.writer.wake();
+    }
+
+    /// When something came from the peer last; none before anything has.
+    pub(super) fn heard(&self) -> Option<Instant> {
+        *self.heard.lock()
     }
 
     /// Why it was closed.
@@ -325,6 +332,7 @@ impl AsyncRead for NoiseReader {
                         return Poll::Ready(Err(this.silence()));
                     }
                     this.seen = now;
+                    *this.life.heard.lock() = Some(now);
                 }
                 Poll::Ready(Err(error)) => {
                     let why = format!("the connection broke: {error}");

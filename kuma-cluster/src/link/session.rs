@@ -34,6 +34,8 @@ use super::{
     noise::Life,
 };
 
+/// How long it is remembered when something came from a disk last.
+const REMEMBERED: Duration = Duration::from_secs(60);
 /// How long ractor_cluster may take to let go of a session before it counts as gone all the same.
 const LET_GO: Duration = Duration::from_secs(2);
 
@@ -139,6 +141,8 @@ impl NodeEventSubscription for Forward {
 pub(super) struct Sessions {
     pub(super) own: DiskId,
     table: Mutex<Table>,
+    /// When something came last over a session that is down.
+    heard: Mutex<HashMap<DiskId, Instant>>,
     events: mpsc::UnboundedSender<Event>,
     /// Marked whenever a disk goes up, down or away.
     pub(super) changed: watch::Sender<()>,
@@ -162,7 +166,13 @@ pub(super) enum Installed {
 
 impl Sessions {
     pub(super) fn new(own: DiskId, events: mpsc::UnboundedSender<Event>) -> Arc<Self> {
-        Arc::new(Sessions { own, table: Mutex::default(), events, changed: watch::Sender::new(()) })
+        Arc::new(Sessions {
+            own,
+            table: Mutex::default(),
+            heard: Mutex::default(),
+            events,
+            changed: watch::Sender::new(()),
+        })
     }
 
     pub(super) fn up(&self, disk: DiskId) -> Option<Arc<Session>> {
@@ -172,6 +182,13 @@ impl Sessions {
     /// The one with a disk that is up, or about to be.
     pub(super) fn present(&self, disk: DiskId) -> Option<Arc<Session>> {
         self.table.lock().by_disk.get(&disk).filter(|session| *session.phase.lock() != Phase::Down).cloned()
+    }
+
+    /// For how long nothing has come from a disk, over a session that is there or the one before; none if that is longer ago than anybody asks.
+    pub(super) fn silence(&self, disk: DiskId) -> Option<Duration> {
+        let now = self.table.lock().by_disk.get(&disk).and_then(|session| session.life.heard()).map(Instant::from);
+        let heard = now.max(self.heard.lock().get(&disk).copied())?;
+        Some(heard.elapsed())
     }
 
     pub(super) fn all(&self) -> Vec<Arc<Session>> {
@@ -254,6 +271,9 @@ impl Sessions {
         let why = session.life.why().unwrap_or_else(|| "the session ended".into());
         tracing::debug!(target: "kuma::link", disk = %session.disk, address = session.address, why, "a link is down");
         if was == Phase::Up {
+            let mut all = self.heard.lock();
+            all.retain(|_, heard| heard.elapsed() < REMEMBERED);
+            all.extend(session.life.heard().map(|heard| (session.disk, heard.into())));
             let _ = self.events.send(Event::Down(session.disk, why));
         }
         drop(phase);
