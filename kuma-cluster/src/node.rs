@@ -227,7 +227,7 @@ impl NodeOptions {
         self
     }
 
-    /// How many slots of this node are on their way at once. Default: 4.
+    /// How many slots of this node are on their way at once. Default: 2: while one is handed over, another one is copied.
     pub fn moves_at_once(mut self, slots: usize) -> Self {
         self.moves_max = slots.max(1);
         self

@@ -31,7 +31,7 @@ use crate::{
 /// How often it looks, beside what it is told.
 const EVERY: Duration = Duration::from_millis(250);
 /// Slots of this node that are on their way at once, unless the options say otherwise.
-pub(crate) const MOVES_MAX: usize = 4;
+pub(crate) const MOVES_MAX: usize = 2;
 /// The longest rest between two moves, however long requests were held up: on a machine that is slow for other reasons moves go on.
 const REST_MAX: Duration = Duration::from_millis(100);
 /// After an attempt that came to nothing.

@@ -41,6 +41,9 @@ const BULK_BYTES_MAX: usize = 60 << 10;
 /// How often a transaction is tried again whose outcome is not known.
 const LOOK_AGAIN: Duration = Duration::from_millis(200);
 
+/// The step that ends a pause: the other node has said that it owns the slot.
+const TAKEN: &str = "taken";
+
 pub(crate) enum SlotMessage {
     /// The slot is wished to be elsewhere.
     Start { to: DiskId },
@@ -74,8 +77,8 @@ pub(crate) struct SlotState {
     /// Held while the slot is sealed: a few at a time, so that each is so for a short time.
     leave: Option<OwnedSemaphorePermit>,
     sealed_at: Option<Instant>,
-    /// How long requests waited, once the other node has said that it owns the slot.
-    pause: Option<Duration>,
+    /// When each step was done, since the slot was sealed.
+    steps: Vec<(&'static str, Duration)>,
     /// At the receiver: what of each transfer was read back.
     read: HashMap<TransferId, ReadBack>,
     /// The timer that counts, and when it is over; none if nothing is waited for.
@@ -104,7 +107,7 @@ impl Actor for SlotActor {
             copying: None,
             leave: None,
             sealed_at: None,
-            pause: None,
+            steps: Vec::new(),
             read: HashMap::new(),
             timer: None,
             ticks: 0,
@@ -170,8 +173,10 @@ impl SlotState {
             Message::Prepare { transfer, .. } => self.read_back(transfer).await,
             _ => None,
         };
-        if matches!(envelope.message, Message::Taken { .. }) {
-            self.pause = self.sealed_at.map(|at| at.elapsed());
+        match envelope.message {
+            Message::Ready { .. } => self.note("ready"),
+            Message::Taken { .. } => self.note(TAKEN),
+            _ => {}
         }
         let is_lost = |transfer| {
             let out = self.handoff.out.filter(|out| (out.to, out.transfer) == (envelope.from, transfer));
@@ -268,12 +273,15 @@ impl SlotState {
                 self.shared.routes.note(slot, epoch, to);
                 slots.set_gate(slot, Gate::Closed);
                 self.copy = None;
+                self.note("released");
                 self.progress(|progress| progress.phase = "granted");
             }
             Txn::ConfirmTaken { .. } => {
                 if let Some(sealed_at) = self.sealed_at.take() {
-                    let pause = self.pause.take().unwrap_or_else(|| sealed_at.elapsed());
-                    self.shared.note_end(slot, Some(pause));
+                    let said = self.steps.iter().find(|(step, _)| *step == TAKEN).map(|(_, at)| *at);
+                    let steps = std::mem::take(&mut self.steps);
+                    tracing::debug!(target: "kuma::handoff", %slot, ?steps, "a slot was given away");
+                    self.shared.note_end(slot, Some(said.unwrap_or_else(|| sealed_at.elapsed())));
                 }
                 self.leave = None;
                 self.shared.collect.notify_one();
@@ -311,8 +319,10 @@ impl SlotState {
             Effect::Copy(transfer, to) => self.begin_copy(me, transfer, to),
             Effect::Park => {
                 self.sealed_at = Some(Instant::now());
+                self.steps.clear();
                 self.progress(|progress| progress.phase = "sealed");
                 let drained = tokio::time::timeout(SEAL_TIMEOUT, self.drain()).await;
+                self.note("drained");
                 inputs.push_back(match drained {
                     Ok(Ok(content)) => Input::Drained(content),
                     Ok(Err(why)) => {
@@ -446,6 +456,10 @@ impl SlotState {
             // It is dropped at the next start.
             tracing::warn!(target: "kuma::cluster", slot = %self.slot, %error, "what came in of a slot could not be dropped");
         }
+    }
+
+    fn note(&mut self, step: &'static str) {
+        self.steps.extend(self.sealed_at.map(|at| (step, at.elapsed())));
     }
 
     fn progress(&self, change: impl FnOnce(&mut MoveProgress)) {

@@ -97,7 +97,7 @@ impl Process {
             while let Ok(Some(line)) = lines.next_line().await {
                 match serde_json::from_str(&line).unwrap() {
                     Said::Up { address } => hears.send_modify(|heard| heard.address = Some(address)),
-                    Said::At { place } => hears.send_modify(|heard| drop(heard.places.insert(place))),
+                    Said::At { place } => hears.send_modify(|heard| _ = heard.places.insert(place)),
                     Said::Answer { number, answer } => {
                         if let Some(asked) = answered.lock().remove(&number) {
                             let _ = asked.send(answer);
