@@ -20,12 +20,18 @@ mod erase;
 pub mod erasure;
 mod erasures;
 mod fail_points;
+mod feed;
 pub mod handle;
 pub mod handoff;
+mod health;
 pub mod link;
 mod linked;
 pub mod members;
 pub mod node;
+mod observe;
+mod operate;
+mod owner;
+mod plan;
 mod registry;
 mod requests;
 pub mod ring;
@@ -39,13 +45,18 @@ pub mod wire;
 
 pub use disks::{Disks, Join, JoinAnswer};
 pub use erasure::{Erasure, Tombstone, Tombstones};
+pub use feed::{ClusterEvent, ClusterEvents, Happened, Told};
 pub use handle::{Append, Execute, Executed, Handle, RawHandle};
 pub use handoff::{
     Content, Effect, Envelope, Handoff, Input, Message, Out, Phase, Plan, Safeguard, Safeguards, SlotRecord, Staged,
     Token, TransferId, Txn,
 };
-pub use link::{Cookie, LinkOptions, Links, Peers};
+pub use health::{Health, HealthReason, HealthState};
+pub use link::{Cookie, CookieError, LinkOptions, Links, Peers};
 pub use members::{JoinRefused, Member, Members, NodeId, Standing};
 pub use node::{MemberStatus, Node, NodeError, NodeOptions, SlotStatus};
+pub use operate::{Migrate, slot_of_tag};
+pub use owner::{Answer, Answered, AskError, Asked, OwnerAnswer, Repeat};
+pub use plan::{NodeShare, RebalancePlan};
 pub use ring::{Move, Ring};
 pub use shared::{MoveProgress, MoveTotals};

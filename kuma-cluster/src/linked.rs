@@ -76,6 +76,10 @@ impl Transport for Linked {
         self.0.silence(disk)
     }
 
+    fn peers(&self) -> Vec<link::PeerState> {
+        self.0.peers()
+    }
+
     fn stop(&self) -> BoxFuture<'_, ()> {
         Box::pin(self.0.stop())
     }

@@ -101,6 +101,11 @@ impl Members {
         self.nodes.get(&node)
     }
 
+    /// All nodes, also those that are forgotten.
+    pub fn all(&self) -> impl Iterator<Item = (NodeId, &Member)> {
+        self.nodes.iter().map(|(node, member)| (*node, member))
+    }
+
     /// All nodes but those that are forgotten.
     pub fn iter(&self) -> impl Iterator<Item = (NodeId, &Member)> {
         let there = self.nodes.iter().filter(|(_, member)| member.standing != Standing::Forgotten);

@@ -28,11 +28,14 @@ use crate::{
     erasure::Tombstones,
     erasures::{self, Erasures},
     fail_points::fail_point,
+    feed::ClusterEvent,
     handle::{Handle, RawHandle},
     handoff::Safeguards,
     link::Cookie,
     linked,
     members::{Member, Members, NodeId, Standing},
+    observe,
+    owner::{self, Answer},
     registry::{MOVES_MAX, Registry, RegistryMessage},
     requests,
     shared::{ClusterState, MoveProgress, MoveTotals, STATE_FORMAT, Shared},
@@ -107,6 +110,12 @@ pub enum NodeError {
         /// What speaks against it.
         reason: &'static str,
     },
+    /// Something that was asked of the cluster is not done, and nothing was changed.
+    #[error("{reason}")]
+    Refused {
+        /// Why, and what to do.
+        reason: String,
+    },
     /// An actor did not start.
     #[error("an actor did not start: {0}")]
     Actors(String),
@@ -131,6 +140,7 @@ pub struct NodeOptions {
     advertise: Option<String>,
     moves_max: usize,
     commands: Commands,
+    answer: Option<Arc<dyn Answer>>,
     links: MakeLinks,
 }
 
@@ -187,6 +197,7 @@ impl NodeOptions {
             advertise: None,
             moves_max: MOVES_MAX,
             commands: Commands::default(),
+            answer: None,
             links,
         }
     }
@@ -230,6 +241,12 @@ impl NodeOptions {
     /// How many slots of this node are on their way at once. Default: 2: while one is handed over, another one is copied.
     pub fn moves_at_once(mut self, slots: usize) -> Self {
         self.moves_max = slots.max(1);
+        self
+    }
+
+    /// Answers what other nodes ask by [`Node::ask_owner`] and [`Node::ask_node`]. Every node is to have one that understands the same.
+    pub fn answer(mut self, answer: Arc<dyn Answer>) -> Self {
+        self.answer = Some(answer);
         self
     }
 
@@ -290,7 +307,7 @@ fn seed_address(seed: &str) -> String {
 /// A running node. Cheap to clone.
 #[derive(Clone)]
 pub struct Node {
-    shared: Arc<Shared>,
+    pub(crate) shared: Arc<Shared>,
     address: SocketAddr,
 }
 
@@ -307,6 +324,8 @@ pub struct MemberStatus {
     pub standing: Standing,
     /// Whether it is this node.
     pub is_own: bool,
+    /// Its disk.
+    pub disk: DiskId,
     /// Whether there is a link to it.
     pub is_up: bool,
     /// Slots that it owns, as far as this node has heard.
@@ -450,6 +469,7 @@ impl Node {
             options.context.clone(),
             state.clone(),
             options.commands.clone(),
+            options.answer.clone(),
         ));
         let server = Arc::new(Server(shared.clone()));
         let (transport, address) = options.links.make(server).await?;
@@ -489,6 +509,7 @@ impl Node {
         let _ = shared.registry.set(registry);
         shared.wake(RegistryMessage::Look);
         tokio::spawn(collect(Arc::downgrade(&shared)));
+        tokio::spawn(observe::watch(Arc::downgrade(&shared)));
         tracing::info!(target: "kuma::cluster", %address, node = %node, "the node is up");
         Ok(Node { shared, address })
     }
@@ -530,6 +551,7 @@ impl Node {
             address: member.address.clone(),
             standing: member.standing,
             is_own: node == state.node,
+            disk: member.disk,
             is_up: node == state.node || self.shared.transport().is_some_and(|transport| transport.is_up(member.disk)),
             owns: routes.iter().flatten().filter(|(_, disk)| *disk == member.disk).count(),
             wished: wished.get(&node).copied().unwrap_or(0).into(),
@@ -632,6 +654,7 @@ impl Node {
         }
         self.shared.stop_actors().await;
         self.shared.collect.notify_one();
+        self.shared.feed.end();
         self.shared.kuma.shutdown().await;
     }
 }
@@ -778,6 +801,9 @@ impl Serve for Server {
 
     fn up(&self, disk: DiskId) {
         self.0.down.lock().remove(&disk);
+        if self.0.member_of(disk).is_some() {
+            self.0.feed.tell(ClusterEvent::MemberUp { name: self.0.name_of(disk) });
+        }
         // It may have been waited for.
         self.0.slots.resume_erasures();
         self.0.wake(RegistryMessage::Up(disk));
@@ -788,6 +814,7 @@ impl Serve for Server {
         if self.0.member_of(disk).is_some() && !self.0.is_closing.load(SeqCst) {
             self.0.down.lock().entry(disk).or_insert_with(Instant::now);
             let node = self.0.name_of(disk);
+            self.0.feed.tell(ClusterEvent::MemberDown { name: node.clone(), why: why.to_owned() });
             tracing::warn!(target: "kuma::cluster", %node, why, "the link to a node is down; it is dialed again, and what it owns waits for it");
         }
     }
@@ -861,6 +888,13 @@ async fn serve(shared: &Arc<Shared>, from: DiskId, kind: u8, body: &[u8]) -> Opt
             if let Err(error) = shared.slots.keep_receipts(wire::decode(body)?).await {
                 // They come with the slot, or are made anew.
                 tracing::warn!(target: "kuma::cluster", %error, "receipts of another node could not be kept");
+            }
+            nothing
+        }
+        kind::ASK => Some(wire::encode(&owner::serve(shared, from, wire::decode(body)?, body.len()).await?)),
+        kind::HURRY => {
+            if shared.state().disks.is_there(from) {
+                shared.wake(RegistryMessage::Hurry);
             }
             nothing
         }

@@ -21,6 +21,7 @@ use crate::{
     erasure::Tombstones,
     erasures,
     fail_points::fail_point,
+    feed::ClusterEvent,
     handoff::Safeguards,
     members::{NodeId, Standing},
     shared::Shared,
@@ -49,6 +50,8 @@ pub(crate) enum RegistryMessage {
     Up(DiskId),
     /// What is known of the cluster has changed.
     Changed,
+    /// What should be elsewhere is to be moved now, also what was left alone.
+    Hurry,
     /// A slot has moved, or not.
     MoveEnded { slot: Slot, is_done: bool, rest: Duration },
     /// Slots may move again.
@@ -111,6 +114,10 @@ impl Actor for Registry {
             }
             RegistryMessage::Changed => {
                 state.untold = true;
+                state.look().await;
+            }
+            RegistryMessage::Hurry => {
+                state.left_alone.clear();
                 state.look().await;
             }
             RegistryMessage::MoveEnded { slot, is_done, rest } => {
@@ -247,6 +254,7 @@ impl RegistryState {
         shared.has_passed.store(true, SeqCst);
         // What was parked until the gates are open.
         shared.slots.resume_erasures();
+        shared.feed.tell(ClusterEvent::Ready);
         tracing::info!(target: "kuma::cluster", slots = owns.len(), "this node serves what it owns");
         self.untold = true;
     }
@@ -284,8 +292,15 @@ impl RegistryState {
                 continue;
             }
             let Some(actor) = shared.slot_actor(slot).await else { return };
-            let progress =
-                crate::shared::MoveProgress { slot, to, phase: "copying", rows_left: 0, rows_sent: 0, since: now };
+            let progress = crate::shared::MoveProgress {
+                slot,
+                to,
+                phase: "copying",
+                rows_left: 0,
+                rows_sent: 0,
+                since: now,
+                trouble: None,
+            };
             shared.moves.lock().insert(slot, progress);
             if actor.cast(SlotMessage::Start { to }).is_err() {
                 shared.moves.lock().remove(&slot);

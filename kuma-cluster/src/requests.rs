@@ -34,17 +34,17 @@ use crate::{
 };
 
 /// What a request waits between two attempts: at first hardly, then some more.
-const AGAIN: [Duration; 2] = [Duration::from_millis(1), Duration::from_millis(50)];
+pub(crate) const AGAIN: [Duration; 2] = [Duration::from_millis(1), Duration::from_millis(50)];
 /// An owner to which there is no link, and from which nothing has come for so long, is said to be out of reach: a link that can be made again is, in
 /// less. It is counted from the last sign of life, not from the end of the link: that of a node which stands still ends by its silence, later than this.
-const UNREACHABLE_AFTER: Duration = Duration::from_secs(1);
+pub(crate) const UNREACHABLE_AFTER: Duration = Duration::from_secs(1);
 /// A node says something every 300 ms. One that has not for so long is sent no request until it does: what is sent to a node that stands still may be
 /// done or not, and its caller has to wait to be told which.
-const DOUBTFUL_AFTER: Duration = Duration::from_millis(800);
+pub(crate) const DOUBTFUL_AFTER: Duration = Duration::from_millis(800);
 /// How often a request that waits for a decision looks whether there is anybody who can make it.
-const LOOK_AGAIN: Duration = Duration::from_millis(250);
+pub(crate) const LOOK_AGAIN: Duration = Duration::from_millis(250);
 /// And one that there never was a link to, in this run of the node.
-const NEVER_REACHED_AFTER: Duration = Duration::from_secs(5);
+pub(crate) const NEVER_REACHED_AFTER: Duration = Duration::from_secs(5);
 
 /// Asks whoever owns the slot.
 pub(crate) async fn ask(shared: &Arc<Shared>, request: Request, within: Duration) -> Result<Reply, Unavailable> {
@@ -126,7 +126,7 @@ pub(crate) async fn ask(shared: &Arc<Shared>, request: Request, within: Duration
 }
 
 /// For how long there has been no sign of life of a disk to which there is no link, but was one.
-fn silence(shared: &Shared, disk: DiskId) -> Option<Duration> {
+pub(crate) fn silence(shared: &Shared, disk: DiskId) -> Option<Duration> {
     let down = shared.down.lock().get(&disk).map(Instant::elapsed);
     down.map(|down| {
         shared.transport().and_then(|transport| transport.silence(disk)).map_or(down, |silence| silence.max(down))
@@ -134,7 +134,7 @@ fn silence(shared: &Shared, disk: DiskId) -> Option<Duration> {
 }
 
 /// A slot that was about to come here waits for what its giver decides.
-fn giver_out_of_reach(shared: &Shared, slot: Slot) -> Option<Unavailable> {
+pub(crate) fn giver_out_of_reach(shared: &Shared, slot: Slot) -> Option<Unavailable> {
     let giver = shared.slots.record(slot)?.staged?.from;
     if shared.transport().is_some_and(|transport| transport.is_up(giver)) {
         return None;

@@ -22,7 +22,10 @@ use tokio::sync::{Mutex as AsyncMutex, Notify, Semaphore};
 use crate::{
     commands::Commands,
     disks::Disks,
+    feed::{ClusterEvent, Feed},
     members::{Member, Members, NodeId},
+    observe::{Ages, ClusterMetrics},
+    owner::Answer,
     registry::RegistryMessage,
     ring::Ring,
     routes::Routes,
@@ -60,6 +63,8 @@ pub struct MoveProgress {
     pub rows_sent: u64,
     /// When it began.
     pub since: Instant,
+    /// Why it comes to nothing, in a word.
+    pub trouble: Option<&'static str>,
 }
 
 /// What handoffs have come to since the node was started.
@@ -108,6 +113,12 @@ pub(crate) struct Shared {
     /// Since when peers are not reached.
     pub(crate) down: Mutex<HashMap<DiskId, Instant>>,
     pub(crate) is_closing: AtomicBool,
+    pub(crate) started: Instant,
+    /// Answers what the embedder asks of this node.
+    pub(crate) answer: Option<Arc<dyn Answer>>,
+    pub(crate) feed: Feed,
+    pub(crate) metrics: ClusterMetrics,
+    pub(crate) ages: Mutex<Ages>,
 }
 
 /// Slots of a node that are sealed at once. Each waits for a few commits on both nodes; more of them would wait for each other's.
@@ -119,8 +130,16 @@ const PARKED_KIB_MAX: usize = 16 << 10;
 const PAUSES_MAX: usize = 100_000;
 
 impl Shared {
-    pub(crate) fn new(kuma: Kuma, name: String, context: String, state: ClusterState, commands: Commands) -> Self {
+    pub(crate) fn new(
+        kuma: Kuma,
+        name: String,
+        context: String,
+        state: ClusterState,
+        commands: Commands,
+        answer: Option<Arc<dyn Answer>>,
+    ) -> Self {
         let slots = kuma.slots();
+        let metrics = ClusterMetrics::new(&context);
         Shared {
             own: slots.disk_id(),
             kuma,
@@ -145,6 +164,11 @@ impl Shared {
             passed_peers: Mutex::default(),
             down: Mutex::default(),
             is_closing: AtomicBool::new(false),
+            started: Instant::now(),
+            answer,
+            feed: Feed::new(),
+            metrics,
+            ages: Mutex::default(),
         }
     }
 
@@ -164,6 +188,7 @@ impl Shared {
         if next != *self.state() {
             self.slots.keep_cluster(wire::encode(&next)).await?;
             if next.members != self.state().members {
+                self.feed.members_changed(&self.state().members, &next.members);
                 *self.ring.write() = Arc::new(ring_of(&next));
             }
             *self.state.write() = Arc::new(next);
@@ -292,11 +317,32 @@ impl Shared {
         }
     }
 
+    /// A slot of another node has come to this one.
+    pub(crate) fn note_taken(&self, slot: Slot) {
+        self.metrics.taken();
+        self.feed.tell(ClusterEvent::SlotTaken { slot });
+    }
+
     /// A slot of this node has come to another one, or not.
     pub(crate) fn note_end(&self, slot: Slot, pause: Option<Duration>) {
-        let rows = self.moves.lock().remove(&slot).map_or(0, |progress| progress.rows_sent);
+        let progress = self.moves.lock().remove(&slot);
+        let rows = progress.as_ref().map_or(0, |progress| progress.rows_sent);
         // Nobody waits for a slot that nothing is in.
         let rest = pause.filter(|_| rows > 0).unwrap_or_default();
+        if let Some(MoveProgress { to, rows_sent, trouble, .. }) = progress {
+            let to = self.name_of(to);
+            let reason = trouble.unwrap_or("other");
+            match pause {
+                Some(pause) => {
+                    self.metrics.given(pause, rows_sent);
+                    self.feed.tell(ClusterEvent::MoveDone { slot, to, rows_sent, pause });
+                }
+                None => {
+                    self.metrics.aborted(reason);
+                    self.feed.tell(ClusterEvent::MoveAborted { slot, to, reason });
+                }
+            }
+        }
         *self.moved_at.lock() = Some(Instant::now());
         let mut totals = self.totals.lock();
         match pause {

@@ -23,6 +23,7 @@ use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
 use crate::{
     fail_points::{self, fail_point},
+    feed::ClusterEvent,
     handoff::{Effect, Envelope, Handoff, Input, Message, Phase, Safeguards},
     shared::{MoveProgress, Shared},
     transport::Transport,
@@ -141,6 +142,7 @@ impl Actor for SlotActor {
                 let is_late = state.sealed_at.is_some_and(|at| at.elapsed() >= SEAL_TIMEOUT);
                 match state.handoff.out {
                     Some(out) if is_late && matches!(out.phase, Phase::Sealed(_)) => {
+                        state.progress(|progress| progress.trouble = Some("timeout"));
                         state.put_in(&me, Input::Abort).await
                     }
                     _ => state.put_in(&me, Input::Remind).await,
@@ -301,6 +303,7 @@ impl SlotState {
                 self.read.remove(&transfer);
                 self.shared.routes.note(slot, epoch, self.shared.own);
                 self.shared.totals.lock().taken += 1;
+                self.shared.note_taken(slot);
                 *self.shared.moved_at.lock() = Some(Instant::now());
                 self.shared.collect.notify_one();
             }
@@ -327,9 +330,13 @@ impl SlotState {
                     Ok(Ok(content)) => Input::Drained(content),
                     Ok(Err(why)) => {
                         tracing::info!(target: "kuma::cluster", %slot, %why, "a slot stays for now");
+                        self.progress(|progress| progress.trouble = Some("seal"));
                         Input::Abort
                     }
-                    Err(_) => Input::Abort,
+                    Err(_) => {
+                        self.progress(|progress| progress.trouble = Some("timeout"));
+                        Input::Abort
+                    }
                 });
             }
             Effect::Unpark => {
@@ -358,8 +365,17 @@ impl SlotState {
     /// Copies what there is, beside everything else.
     fn begin_copy(&mut self, me: &ActorRef<SlotMessage>, transfer: TransferId, to: DiskId) {
         let (shared, slot, me) = (self.shared.clone(), self.slot, me.clone());
-        let progress = MoveProgress { slot, to, phase: "copying", rows_left: 0, rows_sent: 0, since: Instant::now() };
+        let progress = MoveProgress {
+            slot,
+            to,
+            phase: "copying",
+            rows_left: 0,
+            rows_sent: 0,
+            since: Instant::now(),
+            trouble: None,
+        };
         shared.moves.lock().insert(slot, progress);
+        shared.feed.tell(ClusterEvent::MoveStarted { slot, to: shared.name_of(to) });
         let task = tokio::spawn(async move {
             let copy = copy_all(&shared, slot, transfer, to).await;
             // One that is gone copies nothing any more.
@@ -380,9 +396,13 @@ impl SlotState {
                 (self.copy, self.leave) = (Some(copy), Some(leave));
                 self.put_in(me, Input::Seal).await;
             }
-            Ok(_) => self.put_in(me, Input::Abort).await,
+            Ok(_) => {
+                self.progress(|progress| progress.trouble = Some("erasing"));
+                self.put_in(me, Input::Abort).await
+            }
             Err(why) => {
                 tracing::info!(target: "kuma::cluster", slot = %self.slot, %why, "a slot could not be copied; it stays for now");
+                self.progress(|progress| progress.trouble = Some("copy"));
                 self.put_in(me, Input::Abort).await;
             }
         }

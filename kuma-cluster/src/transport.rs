@@ -6,7 +6,7 @@ use std::{sync::Arc, time::Duration};
 use futures_util::future::BoxFuture;
 use kuma_core::DiskId;
 
-pub use crate::link::CallError;
+pub use crate::link::{CallError, PeerState};
 
 /// Where a node is reached.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -46,6 +46,11 @@ pub trait Transport: Send + Sync + 'static {
     /// For how long nothing has come from a disk, if that is known; also when the link is gone.
     fn silence(&self, _: DiskId) -> Option<Duration> {
         None
+    }
+
+    /// What is known of each link; nothing where nothing is counted.
+    fn peers(&self) -> Vec<PeerState> {
+        Vec::new()
     }
 
     /// Ends all links.

@@ -33,6 +33,10 @@ pub mod kind {
     pub const LEDGER: u8 = 9;
     /// Receipts of erasures.
     pub const RECEIPTS: u8 = 10;
+    /// What the embedder asks of a node.
+    pub const ASK: u8 = 32;
+    /// What should be elsewhere is to be moved now.
+    pub const HURRY: u8 = 33;
 }
 
 /// What each side says first.

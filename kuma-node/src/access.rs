@@ -62,6 +62,14 @@ rights! {
     AnyToken => None,
 }
 
+/// Whoever asks was looked at where the request came in: by this node, or by another one of the cluster. Made by this program and by nothing that a
+/// request has in it.
+#[derive(Clone, Debug)]
+pub(crate) struct Vouched {
+    pub(crate) scope: Scope,
+    pub(crate) caller: Caller,
+}
+
 /// Whoever asks has this right.
 pub(crate) struct May<R> {
     pub(crate) caller: Caller,
@@ -72,44 +80,61 @@ impl<R: Right> FromRequestParts<Arc<Node>> for May<R> {
     type Rejection = Problem;
 
     async fn from_request_parts(parts: &mut Parts, node: &Arc<Node>) -> Result<Self, Problem> {
-        if node.is_open() {
-            return Ok(May { caller: Caller::default(), right: PhantomData });
+        if let Some(Vouched { scope, caller }) = parts.extensions.get() {
+            // For this right and no other, whatever the node would let in by itself.
+            return match R::SCOPE == Some(*scope) {
+                true => Ok(May { caller: caller.clone(), right: PhantomData }),
+                false => Err(Problem::new(
+                    StatusCode::FORBIDDEN,
+                    "forbidden",
+                    "the request was handed on with another scope than it needs",
+                )),
+            };
         }
-        let (token, why) = match bearer(&parts.headers) {
-            None => (None, "no token"),
-            Some(text) => match node.tokens.find(text) {
-                Found::Token(token) if R::SCOPE.is_none_or(|scope| token.allows(scope)) => {
-                    let caller = Caller { token: Some(token.name.as_str().into()) };
-                    parts.extensions.insert(caller.clone());
-                    return Ok(May { caller, right: PhantomData });
-                }
-                Found::Token(token) => (Some(token.name.clone()), "the token does not have the scope"),
-                Found::Expired { name } => (Some(name), "the token has expired"),
-                Found::Unknown => (None, "the token is not known"),
-            },
-        };
-        let scope = R::SCOPE.map_or_else(|| "any".to_owned(), |scope| scope.to_string());
-        let route = parts.extensions.get::<MatchedPath>().map_or("", MatchedPath::as_str);
-        let request = format!("{} {route}", parts.method);
-        let has_scope_alone = why.ends_with("scope");
-        node.denials.note(Denial { token, scope: scope.clone(), request, why: why.to_owned(), times: 1 }).await;
-        metrics::counter!("kuma_http_denied_total", "scope" => scope.clone()).increment(1);
-        Err(match has_scope_alone {
-            true => Problem::new(
-                StatusCode::FORBIDDEN,
-                "forbidden",
-                format!("the token does not have the scope `{scope}`; use one that has"),
-            ),
-            false => Problem::new(
-                StatusCode::UNAUTHORIZED,
-                "unauthorized",
-                format!(
-                    "{why}: send `Authorization: Bearer TOKEN` (scope `{scope}`); `kuma-node token create` makes one"
-                ),
-            )
-            .header(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer realm=\"kuma\"")),
-        })
+        check(parts, node, R::SCOPE).await.map(|caller| May { caller, right: PhantomData })
     }
+}
+
+/// Whoever asks, if they may.
+///
+/// # Errors
+/// They may not, which is in the audit log then.
+pub(crate) async fn check(parts: &mut Parts, node: &Node, right: Option<Scope>) -> Result<Caller, Problem> {
+    if node.is_open() {
+        return Ok(Caller::default());
+    }
+    let (token, why) = match bearer(&parts.headers) {
+        None => (None, "no token"),
+        Some(text) => match node.tokens.find(text) {
+            Found::Token(token) if right.is_none_or(|scope| token.allows(scope)) => {
+                let caller = Caller { token: Some(token.name.as_str().into()) };
+                parts.extensions.insert(caller.clone());
+                return Ok(caller);
+            }
+            Found::Token(token) => (Some(token.name.clone()), "the token does not have the scope"),
+            Found::Expired { name } => (Some(name), "the token has expired"),
+            Found::Unknown => (None, "the token is not known"),
+        },
+    };
+    let scope = right.map_or_else(|| "any".to_owned(), |scope| scope.to_string());
+    let route = parts.extensions.get::<MatchedPath>().map_or("", MatchedPath::as_str);
+    let request = format!("{} {route}", parts.method);
+    let has_scope_alone = why.ends_with("scope");
+    node.denials.note(Denial { token, scope: scope.clone(), request, why: why.to_owned(), times: 1 }).await;
+    metrics::counter!("kuma_http_denied_total", "scope" => scope.clone()).increment(1);
+    Err(match has_scope_alone {
+        true => Problem::new(
+            StatusCode::FORBIDDEN,
+            "forbidden",
+            format!("the token does not have the scope `{scope}`; use one that has"),
+        ),
+        false => Problem::new(
+            StatusCode::UNAUTHORIZED,
+            "unauthorized",
+            format!("{why}: send `Authorization: Bearer TOKEN` (scope `{scope}`); `kuma-node token create` makes one"),
+        )
+        .header(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer realm=\"kuma\"")),
+    })
 }
 
 /// The token that a request came with.

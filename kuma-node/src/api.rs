@@ -1,7 +1,8 @@
 //! The HTTP interface: which handler answers what, and the document that says so.
 
 mod admin;
-mod append_stream;
+pub(crate) mod append_stream;
+mod cluster;
 pub(crate) mod document;
 pub(crate) mod entities;
 mod erasure;
@@ -40,13 +41,14 @@ use crate::{node::Node, problem::Problem, wire};
         description = "An entity-native event store: append, read, travel in time, subscribe, erase. Errors are problems (RFC 9457) that say whether the same request can be sent again. See docs/http.md.",
         license(name = "MIT OR Apache-2.0", identifier = "MIT OR Apache-2.0"),
     ),
-    components(schemas(wire::Problem, document::SubscribeFrom, document::EventName, wire::StreamedAppend, wire::StreamedOutcome, wire::SubscribedEvent, wire::SubscribedErasure, wire::SubscribedDamage)),
+    components(schemas(wire::Problem, document::SubscribeFrom, document::EventName, wire::StreamedAppend, wire::StreamedOutcome, wire::SubscribedEvent, wire::SubscribedErasure, wire::SubscribedDamage, wire::ClusterEventBody)),
     tags(
         (name = "entities", description = "Events and states of entities"),
         (name = "erasure", description = "Erasing entities, and the receipts of it"),
         (name = "streams", description = "Many entities at once"),
         (name = "projections", description = "SQL read models"),
         (name = "operation", description = "The node itself"),
+        (name = "cluster", description = "The nodes, their slots, and how they move"),
     ),
     security(()),
 )]
@@ -97,6 +99,15 @@ pub(crate) fn router() -> Router<Arc<Node>> {
         .routes(routes!(admin::metrics))
         .routes(routes!(health::live))
         .routes(routes!(health::ready))
+        .routes(routes!(health::cluster))
+        .routes(routes!(cluster::members))
+        .routes(routes!(cluster::slots))
+        .routes(routes!(cluster::moves))
+        .routes(routes!(cluster::plan))
+        .routes(routes!(cluster::migrate))
+        .routes(routes!(cluster::drain))
+        .routes(routes!(cluster::forget))
+        .routes(routes!(cluster::events))
         .split_for_parts();
     document.info.version = env!("CARGO_PKG_VERSION").to_owned();
     let components = document.components.get_or_insert_with(Components::default);

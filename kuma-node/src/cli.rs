@@ -9,12 +9,16 @@ mod ask;
 mod audit;
 mod backup;
 pub(crate) mod bench;
+mod cluster;
 mod completions;
 pub mod config;
+mod cookie;
 mod entity;
 mod export;
 mod import;
 mod input;
+mod leave;
+mod moves;
 mod output;
 mod projections;
 mod receipt;
@@ -115,6 +119,22 @@ enum Verb {
     Token(token::TokenArguments),
     /// How the node is; exit code 3 if it takes no requests
     Status,
+    /// The nodes of the cluster
+    Members,
+    /// The slots of the cluster: who owns each, and who should
+    Slots(cluster::SlotsArguments),
+    /// Slots on their way, and what moves have come to
+    Moves(moves::MovesArguments),
+    /// Have a slot moved to a node, where it stays; or all that are not where they should be
+    Migrate(moves::MigrateArguments),
+    /// Have slots moved to where they should be, or show what would move
+    Rebalance(moves::RebalanceArguments),
+    /// Have a node give all its slots to the others, before it is stopped
+    Drain(leave::DrainArguments),
+    /// Take a node out of the cluster for ever; what it owns stays with it
+    Forget(leave::ForgetArguments),
+    /// Make the secret that the nodes of a cluster share
+    Cookie(cookie::CookieArguments),
     /// Look at an entity, append to it, export or erase it
     #[command(subcommand)]
     Entity(entity::EntityVerb),
@@ -201,6 +221,14 @@ async fn run(cli: Cli, output: Output) -> anyhow::Result<Exit> {
         Verb::Token(arguments) => arguments.run(session.output.is_json()).map(|_| Exit::Done),
         Verb::Bench(arguments) => bench::run(&session, arguments).await,
         Verb::Status => status::run(&session).await,
+        Verb::Members => cluster::members(&session).await,
+        Verb::Slots(arguments) => cluster::slots(&session, arguments).await,
+        Verb::Moves(arguments) => moves::run(&session, arguments).await,
+        Verb::Migrate(arguments) => moves::migrate(&session, arguments).await,
+        Verb::Rebalance(arguments) => moves::rebalance(&session, arguments).await,
+        Verb::Drain(arguments) => leave::drain(&session, arguments).await,
+        Verb::Forget(arguments) => leave::forget(&session, arguments).await,
+        Verb::Cookie(arguments) => cookie::run(&session, &arguments),
         Verb::Entity(verb) => entity::run(&session, verb).await,
         Verb::Receipt(verb) => receipt::run(&session, verb).await,
         Verb::Projections(verb) => projections::run(&session, verb).await,

@@ -36,9 +36,11 @@ pub use self::{
     work::Work,
 };
 use crate::wire::{
-    AnswerBody, Appended, AuditPage, BackupProgressBody, BackupReportBody, DiffBody, EntityState, EventsPage,
-    HealthBody, ImportProgressBody, ImportReportBody, LifeBody, Problem, ProjectionBody, ProjectionsBody, QueryBody,
-    ReasonBody, ReceiptVerificationBody, RestoreToBody, SkippedBody, StatusBody, VerificationBody, VerifyProgressBody,
+    AnswerBody, Appended, AuditPage, BackupProgressBody, BackupReportBody, ClusterHealthBody, DiffBody, DrainBody,
+    DrainedBody, EntityState, EventsPage, ForgetBody, HealthBody, ImportProgressBody, ImportReportBody, LifeBody,
+    MembersBody, MigrateBody, MigratedBody, MovesBody, PlanBody, Problem, ProjectionBody, ProjectionsBody, QueryBody,
+    ReasonBody, ReceiptVerificationBody, RestoreToBody, SkippedBody, SlotsBody, StatusBody, VerificationBody,
+    VerifyProgressBody,
 };
 
 /// Until a connection stands.
@@ -137,6 +139,19 @@ impl ProjectionAction {
             ProjectionAction::Rollback => "rollback",
         }
     }
+}
+
+/// Which slots; all of them by default.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Slots {
+    /// This one.
+    pub slot: Option<u16>,
+    /// The one of this tag.
+    pub tag: Option<String>,
+    /// Those of this node.
+    pub owner: Option<String>,
+    /// Those that are not where they should be.
+    pub is_misplaced: bool,
 }
 
 /// What a request carries.
@@ -461,6 +476,81 @@ impl Client {
     ) -> Result<Work<BackupProgressBody, BackupReportBody>, ClientError> {
         let query = query([("part", part.to_owned())]);
         self.work(&format!("/v1/backups/{}{query}", segment(name)?), Content::Nothing).await
+    }
+
+    /// The nodes of the cluster.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub async fn members(&self) -> Result<MembersBody, ClientError> {
+        self.get("/v1/cluster/members").await
+    }
+
+    /// The slots of the cluster, those that are asked for.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub async fn slots(&self, which: &Slots) -> Result<SlotsBody, ClientError> {
+        let slot = which.slot.map(|slot| ("slot", slot.to_string()));
+        let texts = [("tag", &which.tag), ("owner", &which.owner)];
+        let texts = texts.into_iter().filter_map(|(name, value)| Some((name, value.clone()?)));
+        let misplaced = which.is_misplaced.then(|| ("misplaced", "true".to_owned()));
+        self.get(&format!("/v1/cluster/slots{}", query(slot.into_iter().chain(texts).chain(misplaced)))).await
+    }
+
+    /// Slots on their way, of all nodes that can be reached.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub async fn moves(&self) -> Result<MovesBody, ClientError> {
+        self.get("/v1/cluster/moves").await
+    }
+
+    /// What would move, or if this node were drained.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub async fn plan(&self, without: Option<&str>) -> Result<PlanBody, ClientError> {
+        let query = query(without.map(|node| ("without", node.to_owned())));
+        self.get(&format!("/v1/cluster/plan{query}")).await
+    }
+
+    /// Has slots moved.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub async fn migrate(&self, what: &MigrateBody) -> Result<MigratedBody, ClientError> {
+        self.call(Method::POST, "/v1/cluster/migrate", Content::json(what)?).await
+    }
+
+    /// Has a node give all its slots away, or take some again.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub async fn drain(&self, which: &DrainBody) -> Result<DrainedBody, ClientError> {
+        self.call(Method::POST, "/v1/cluster/drain", Content::json(which)?).await
+    }
+
+    /// Takes a node out of the cluster for ever.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub async fn forget(&self, which: &ForgetBody) -> Result<DrainedBody, ClientError> {
+        self.call(Method::POST, "/v1/cluster/forget", Content::json(which)?).await
+    }
+
+    /// Whether the cluster serves every entity, as the node sees it. Needs no token.
+    ///
+    /// # Errors
+    /// See [`ClientError`]; that it does not is an answer.
+    pub async fn cluster_health(&self) -> Result<ClusterHealthBody, ClientError> {
+        let request = self.request(Method::GET, "/health/cluster").timeout(ANSWER_TIMEOUT);
+        let response = request.send().await.map_err(|error| self.error(error))?;
+        let status = response.status();
+        if !status.is_success() && status != StatusCode::SERVICE_UNAVAILABLE {
+            return Err(self.problem(response).await);
+        }
+        self.read(response).await
     }
 
     /// Imports lines. Sent again under the same name, each line happens once.

@@ -77,6 +77,18 @@ pub struct Config {
     pub subscriptions_max: usize,
     /// How long requests may take to finish when the server stops.
     pub shutdown_timeout: Duration,
+    /// The file with the cluster's cookie; none for a store of its own, in no cluster.
+    pub cookie_file: Option<PathBuf>,
+    /// Nodes of the cluster to be joined; of no use once it is joined.
+    pub seeds: Vec<String>,
+    /// Whether this is the first node of a new cluster; of no use once it is founded.
+    pub found: bool,
+    /// Where other nodes are listened for; none for 127.0.0.1:4860, if there is a cluster. Port 0 takes one that is free.
+    pub cluster_listen: Option<SocketAddr>,
+    /// Where other nodes reach this one, `host:port`; none for where it listens.
+    pub cluster_advertise: Option<String>,
+    /// What people call the node; none for where it is reached.
+    pub node_name: Option<String>,
     /// Settings of single kinds.
     pub kinds: BTreeMap<String, KindConfig>,
 }
@@ -143,6 +155,12 @@ impl Default for Config {
             streams_max: 256,
             subscriptions_max: 256,
             shutdown_timeout: Duration::from_secs(30),
+            cookie_file: None,
+            seeds: Vec::new(),
+            found: false,
+            cluster_listen: None,
+            cluster_advertise: None,
+            node_name: None,
             kinds: BTreeMap::new(),
         }
     }
@@ -171,6 +189,12 @@ impl Config {
     /// Where the hashes of tokens are.
     pub fn tokens_file(&self) -> PathBuf {
         self.tokens_file.clone().unwrap_or_else(|| self.data.join("tokens.json"))
+    }
+
+    /// Where other nodes are listened for, if there is a cluster.
+    pub fn cluster_listen(&self) -> Option<SocketAddr> {
+        let default = SocketAddr::from(([127, 0, 0, 1], kuma_cluster::node::PORT));
+        self.cookie_file.as_ref().map(|_| self.cluster_listen.unwrap_or(default))
     }
 
     /// How the store is opened.

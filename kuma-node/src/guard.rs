@@ -25,7 +25,11 @@ use tokio::time::timeout;
 
 use crate::{access, api::entities::IDEMPOTENCY_KEY, node::Node, problem::Problem};
 
-const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+pub(crate) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+
+/// Nothing was done, because the slot is another node's. For whoever forwards requests.
+#[derive(Clone, Copy)]
+pub(crate) struct Elsewhere;
 
 /// Answers a request within its limits.
 pub(crate) async fn guard(State(node): State<Arc<Node>>, request: Request, next: Next) -> Response {
@@ -52,6 +56,9 @@ pub(crate) async fn guard(State(node): State<Arc<Node>>, request: Request, next:
     };
     if let Some(problem) = response.extensions_mut().remove::<Problem>() {
         response = with_id(response, &problem, &id);
+        if problem.is_elsewhere() {
+            response.extensions_mut().insert(Elsewhere);
+        }
     }
     if let Ok(id) = HeaderValue::from_str(&id) {
         response.headers_mut().insert(REQUEST_ID, id);

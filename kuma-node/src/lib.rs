@@ -1,4 +1,4 @@
-//! The server: Kuma over HTTP on one machine, and the command line to operate it.
+//! The server: Kuma over HTTP, alone or as a node of a cluster, and the command line to operate it.
 //!
 //! `kuma-node` is a thin binary over this library. The interface is described in docs/http.md, and by the node itself at `/openapi.json`.
 //!
@@ -23,6 +23,7 @@ pub mod cli;
 pub mod client;
 pub mod config;
 mod denials;
+mod forward;
 mod guard;
 mod listen;
 pub mod load;

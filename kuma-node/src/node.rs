@@ -10,12 +10,18 @@ use metrics_exporter_prometheus::PrometheusHandle;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 
-use crate::{Config, denials::Denials, problem::Problem, projection_files::ProjectionFiles, tokens::Tokens};
+use crate::{
+    Config, denials::Denials, forward::Held, problem::Problem, projection_files::ProjectionFiles, tokens::Tokens,
+};
 
 /// A running server, as its requests see it.
 pub(crate) struct Node {
     pub(crate) config: Config,
     pub(crate) kuma: Kuma,
+    /// None: the store is in no cluster.
+    pub(crate) cluster: Option<kuma_cluster::Node>,
+    /// Answers to other nodes that were too long for one message.
+    pub(crate) held: Held,
     pub(crate) tokens: Tokens,
     pub(crate) denials: Denials,
     pub(crate) projections: Arc<ProjectionFiles>,
@@ -38,6 +44,7 @@ impl Node {
     pub(crate) fn new(
         config: Config,
         kuma: Kuma,
+        cluster: Option<kuma_cluster::Node>,
         tokens: Tokens,
         projections: Arc<ProjectionFiles>,
         metrics: PrometheusHandle,
@@ -57,6 +64,8 @@ impl Node {
             subscriptions: permits(config.subscriptions_max),
             config,
             kuma,
+            cluster,
+            held: Held::default(),
             tokens,
         }
     }

@@ -11,9 +11,10 @@ use axum::{
     http::{HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},
 };
+use kuma_cluster::{AskError, NodeError};
 use kuma_core::{
-    AppendError, BackupError, EraseError, ExportError, ImportError, ImportProblem, LedgerError, ProjectionError,
-    QueryError, ReadError, Refused, StorageError, SubscribeError, Unavailable, Unfit, Version,
+    AppendError, BackupError, EraseError, ExportError, ImportError, ImportProblem, LedgerError, NotWritten,
+    ProjectionError, QueryError, ReadError, Refused, StorageError, SubscribeError, Unavailable, Unfit, Version,
 };
 
 use crate::wire;
@@ -30,6 +31,8 @@ struct Told {
     retry_safe: bool,
     retry_after: Option<Duration>,
     actual_version: Option<Version>,
+    /// Nothing was done, because the slot is another node's.
+    is_elsewhere: bool,
     /// More for the head of the answer.
     header: Option<(header::HeaderName, HeaderValue)>,
 }
@@ -41,7 +44,8 @@ impl Problem {
     /// A failure that a retry does not mend.
     pub(crate) fn new(status: StatusCode, code: &'static str, detail: impl Into<String>) -> Self {
         let (retry_safe, retry_after, actual_version, header) = (false, None, None, None);
-        Problem(Box::new(Told { status, code, detail: detail.into(), retry_safe, retry_after, actual_version, header }))
+        let (detail, is_elsewhere) = (detail.into(), false);
+        Problem(Box::new(Told { status, code, detail, retry_safe, retry_after, actual_version, is_elsewhere, header }))
     }
 
     /// The request is not one that is understood.
@@ -78,6 +82,16 @@ impl Problem {
 
     pub(crate) fn header(mut self, name: header::HeaderName, value: HeaderValue) -> Self {
         self.0.header = Some((name, value));
+        self
+    }
+
+    /// Whether nothing was done because the slot is another node's, or was about to be: that one can be asked.
+    pub(crate) fn is_elsewhere(&self) -> bool {
+        self.0.is_elsewhere
+    }
+
+    fn elsewhere(mut self) -> Self {
+        self.0.is_elsewhere = true;
         self
     }
 
@@ -195,6 +209,15 @@ impl From<Unavailable> for Problem {
                 let detail = format!("shard {shard} is out of use, the node's log says why; nothing was written");
                 Problem::unavailable("shard_out_of_use", detail)
             }
+            Unavailable::SlotMoves { .. } | Unavailable::SlotElsewhere { .. } => {
+                Problem::unavailable("slot_elsewhere", detail).elsewhere()
+            }
+            Unavailable::NotWritten { cause: NotWritten::NotOwner { .. }, .. } => {
+                Problem::unavailable("slot_elsewhere", "the slot of the entity has just moved to another node; retry")
+                    .elsewhere()
+            }
+            Unavailable::OwnerUnreachable { .. } => Problem::unavailable("owner_unreachable", detail),
+            Unavailable::NoOwnerFound { .. } => Problem::unavailable("no_owner_found", detail),
             Unavailable::NotWritten { entity, .. } => {
                 let detail = format!("the disk refused a write of entity {entity}, and that is certain; retry");
                 Problem::unavailable("not_written", detail)
@@ -206,6 +229,37 @@ impl From<Unavailable> for Problem {
             Unavailable::ShuttingDown => Problem::stopping(),
             Unavailable::SequenceBroken { .. } => Problem::unavailable("sequence_broken", detail),
             _ => Problem::unavailable("unavailable", detail),
+        }
+    }
+}
+
+impl From<AskError> for Problem {
+    fn from(error: AskError) -> Self {
+        let detail = error.to_string();
+        match error {
+            AskError::Unavailable(unavailable) => unavailable.into(),
+            AskError::Unknown { .. } => Problem::new(
+                StatusCode::SERVICE_UNAVAILABLE,
+                "outcome_unknown",
+                "the link to the node that owns the entity broke, or its answer took too long: read before you send it again, or use an Idempotency-Key",
+            ),
+            AskError::TooLarge { .. } => Problem::new(StatusCode::PAYLOAD_TOO_LARGE, "too_large_to_forward", detail),
+            _ => Problem::unavailable("unavailable", detail),
+        }
+    }
+}
+
+impl From<NodeError> for Problem {
+    fn from(error: NodeError) -> Self {
+        let detail = error.to_string();
+        match error {
+            NodeError::Refused { .. } | NodeError::Attest { .. } => {
+                Problem::new(StatusCode::CONFLICT, "refused_by_cluster", detail)
+            }
+            _ => Problem::unavailable(
+                "unavailable",
+                "what the node knows of its cluster cannot be written, its log says why; retry",
+            ),
         }
     }
 }

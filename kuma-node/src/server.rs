@@ -14,6 +14,7 @@ use std::{
 
 use axum::{Router, middleware};
 use axum_server::{Handle, tls_rustls::RustlsConfig};
+use kuma_cluster::{Cookie, CookieError, NodeError, NodeOptions};
 use kuma_core::Kuma;
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use tokio::{net::TcpSocket, task::JoinHandle};
@@ -21,6 +22,7 @@ use tokio::{net::TcpSocket, task::JoinHandle};
 use crate::{
     Config, api,
     denials::Denials,
+    forward::{self, Answerer},
     guard::guard,
     listen::Gate,
     node::Node,
@@ -69,6 +71,27 @@ pub enum ServerError {
     /// The store did not open.
     #[error("the store did not open")]
     Store(#[from] kuma_core::StartError),
+    /// The cluster's cookie cannot be used.
+    #[error("{} cannot be used as the cluster's cookie", path.display())]
+    Cookie {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: CookieError,
+    },
+    /// Nothing says which cluster the node is of.
+    #[error(
+        "{} is of no cluster yet: name a node of the cluster to be joined (--seed HOST:PORT), or say --found if this is the first node of a new one",
+        data.display()
+    )]
+    NoCluster {
+        /// The directory.
+        data: PathBuf,
+    },
+    /// The node of the cluster did not start.
+    #[error(transparent)]
+    Cluster(NodeError),
     /// Metrics cannot be collected.
     #[error("metrics cannot be collected: {0}")]
     Metrics(String),
@@ -81,6 +104,7 @@ pub struct Server {
     handle: Handle<SocketAddr>,
     serving: JoinHandle<io::Result<()>>,
     tls: Option<RustlsConfig>,
+    answerer: Arc<Answerer>,
 }
 
 impl Server {
@@ -107,11 +131,23 @@ impl Server {
         if tokens.is_open() && !config.listen.ip().is_loopback() {
             return Err(ServerError::NoTokens { address, tokens_file });
         }
-        let kuma = Kuma::start(config.options()).await?;
+        let answerer = Arc::new(Answerer::default());
+        let cluster = join(&config, &answerer).await?;
+        let kuma = match &cluster {
+            Some(node) => node.store().clone(),
+            None => Kuma::start(config.options()).await?,
+        };
         let projections = ProjectionFiles::new(config.projections_dir.clone(), kuma.clone());
         projections.look(true).await;
-        let node =
-            Arc::new(Node::new(config, kuma.clone(), tokens, projections.clone(), metrics, Denials::start(kuma)));
+        let node = Arc::new(Node::new(
+            config,
+            kuma.clone(),
+            cluster,
+            tokens,
+            projections.clone(),
+            metrics,
+            Denials::start(kuma),
+        ));
         if node.is_open() {
             tracing::warn!(
                 "there are no tokens: everybody on this machine may do everything; `kuma-node token create` makes one"
@@ -120,9 +156,14 @@ impl Server {
         tokio::spawn(projections.watch(node.stopping.clone()));
         tokio::spawn(look_after(node.clone()));
         let handle = Handle::new();
-        let serving = tokio::spawn(serve(node.clone(), listener, tls.clone(), handle.clone()));
+        let router: Router = api::router()
+            .layer(middleware::from_fn_with_state(node.clone(), forward::forward))
+            .layer(middleware::from_fn_with_state(node.clone(), guard))
+            .with_state(node.clone());
+        answerer.begin(router.clone(), node.clone());
+        let serving = tokio::spawn(serve(node.clone(), router, listener, tls.clone(), handle.clone()));
         handle.listening().await;
-        Ok(Server { node, address, handle, serving, tls })
+        Ok(Server { node, address, handle, serving, tls, answerer })
     }
 
     /// Where it listens.
@@ -134,6 +175,11 @@ impl Server {
     pub fn url(&self) -> String {
         let scheme = if self.tls.is_some() { "https" } else { "http" };
         format!("{scheme}://{}", self.address)
+    }
+
+    /// The node of the cluster that it is, if it is in one.
+    pub fn cluster(&self) -> Option<&kuma_cluster::Node> {
+        self.node.cluster.as_ref()
     }
 
     /// Its store, for services that want both. Types of kinds are to be registered before requests ask for them.
@@ -170,8 +216,39 @@ impl Server {
             Err(error) => tracing::error!(%error, "the server ended with a panic"),
         }
         self.node.denials.stop().await;
-        self.node.kuma.shutdown().await;
+        match &self.node.cluster {
+            Some(node) => node.shutdown().await,
+            None => self.node.kuma.shutdown().await,
+        }
+        self.answerer.end();
     }
+}
+
+/// The node of a cluster, if the configuration is one's.
+async fn join(config: &Config, answerer: &Arc<Answerer>) -> Result<Option<kuma_cluster::Node>, ServerError> {
+    let (Some(path), Some(listen)) = (&config.cookie_file, config.cluster_listen()) else { return Ok(None) };
+    let cookie = Cookie::load_file(path).map_err(|source| ServerError::Cookie { path: path.clone(), source })?;
+    let mut options = NodeOptions::new(&config.data, cookie)
+        .context(&config.context)
+        .store(|_| config.options())
+        .listen(listen)
+        .seed_nodes(config.seeds.clone())
+        .answer(answerer.clone());
+    if config.found {
+        options = options.found();
+    }
+    if let Some(name) = &config.node_name {
+        options = options.name(name);
+    }
+    if let Some(address) = &config.cluster_advertise {
+        options = options.advertise(address);
+    }
+    let started = kuma_cluster::Node::start(options).await.map_err(|error| match error {
+        NodeError::NoCluster { data_dir } => ServerError::NoCluster { data: data_dir },
+        NodeError::Store(error) => ServerError::Store(error),
+        other => ServerError::Cluster(other),
+    });
+    started.map(Some)
 }
 
 fn bind(address: SocketAddr) -> io::Result<tokio::net::TcpListener> {
@@ -199,6 +276,7 @@ fn recorder() -> Result<PrometheusHandle, ServerError> {
 
 async fn serve(
     node: Arc<Node>,
+    router: Router,
     listener: tokio::net::TcpListener,
     tls: Option<RustlsConfig>,
     handle: Handle<SocketAddr>,
@@ -220,8 +298,6 @@ async fn serve(
         .max_header_list_size(u32::try_from(config.header_bytes_max).unwrap_or(u32::MAX))
         .keep_alive_interval(Some(Duration::from_secs(20)))
         .keep_alive_timeout(Duration::from_secs(20));
-    let router: Router =
-        api::router().layer(middleware::from_fn_with_state(node.clone(), guard)).with_state(node.clone());
     let service = router.into_make_service();
     match tls {
         None => server.acceptor(gate).serve(service).await,
@@ -246,6 +322,7 @@ async fn look_after(node: Arc<Node>) {
                 tracing::error!(error = full(&error), "the tokens cannot be read; those that were known stay in force")
             }
         }
+        node.held.sweep();
         if upkeep.elapsed() >= UPKEEP_EVERY {
             upkeep = std::time::Instant::now();
             node.metrics.run_upkeep();

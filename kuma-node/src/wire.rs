@@ -434,6 +434,30 @@ pub struct StatusBody {
     pub rss_bytes: u64,
     /// Each shard.
     pub shards: Vec<ShardBody>,
+    /// The node in its cluster; left out if it is in none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cluster: Option<StatusClusterBody>,
+}
+
+/// A node in its cluster.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct StatusClusterBody {
+    /// What people call it.
+    pub node: String,
+    /// Where it listens for other nodes.
+    pub address: String,
+    /// Nodes of the cluster.
+    pub members: u64,
+    /// Those with a link, this one included.
+    pub members_up: u64,
+    /// Slots that it owns, of 4096.
+    pub owns: u64,
+    /// Slots that it should own.
+    pub wished: u64,
+    /// Slots of it on their way.
+    pub moving: u64,
+    /// Whether the cluster serves every entity, as this node sees it: `ok`, `degraded` or `unavailable`.
+    pub health: String,
 }
 
 /// A shard as it is now.
@@ -575,6 +599,286 @@ pub struct HealthBody {
     /// Whether other requests need a token: one without would be denied, and every denial is kept in the audit log.
     #[serde(default)]
     pub needs_token: bool,
+}
+
+/// Whether the cluster serves every entity, and what is in the way.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ClusterHealthBody {
+    /// `ok`, `degraded` or `unavailable`.
+    pub status: String,
+    /// Whether the node is in a cluster.
+    pub is_clustered: bool,
+    /// What is in the way, worst first.
+    pub reasons: Vec<ClusterReasonBody>,
+    /// Whether other requests need a token.
+    #[serde(default)]
+    pub needs_token: bool,
+}
+
+/// One thing that is in the way.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ClusterReasonBody {
+    /// `joining`, `not_ready`, `unreachable`, `without_owner`, `released_untaken`, `staged`, `move_stuck` or `leaving`: docs/operations.md says what each means.
+    pub code: String,
+    /// `degraded` or `unavailable`.
+    pub status: String,
+    /// The node that it is about.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node: Option<String>,
+    /// How many slots it concerns.
+    pub slots: u64,
+    /// For how long it is so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub since_ms: Option<u64>,
+    /// What it is and what to do.
+    pub detail: String,
+}
+
+/// The nodes of the cluster, as the one that was asked knows them.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct MembersBody {
+    /// Each node, by name.
+    pub members: Vec<MemberBody>,
+}
+
+/// A node of the cluster.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct MemberBody {
+    /// What people call it.
+    pub name: String,
+    /// Names it for ever: 32 hex digits.
+    pub id: String,
+    /// Its disk: 32 hex digits.
+    pub disk: String,
+    /// Where other nodes reach it.
+    pub address: String,
+    /// `joining`, `member`, `leaving` (drained) or `forgotten`.
+    pub standing: String,
+    /// Whether it is the one that was asked.
+    pub is_own: bool,
+    /// Whether there is a link to it.
+    pub is_up: bool,
+    /// Slots that it owns.
+    pub owns: u64,
+    /// Slots that it should own.
+    pub wished: u64,
+}
+
+/// The slots, as the node that was asked knows them.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct SlotsBody {
+    /// Each slot that was asked for, by number.
+    pub slots: Vec<SlotBody>,
+}
+
+/// A slot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct SlotBody {
+    /// Its number, 0 to 4095.
+    pub slot: u16,
+    /// The node that owns it, as far as is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub owner: Option<String>,
+    /// Since which epoch.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub epoch: Option<String>,
+    /// The node that should own it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub wished: Option<String>,
+    /// Whether that was asked for, whatever the ring says.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub is_pinned: bool,
+    /// What the token of the node that was asked says: `none`, `owned`, `released` or `released_untaken`.
+    pub token: String,
+    /// Commits that the node that was asked has of it.
+    pub rows: u64,
+}
+
+/// Slots on their way.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct MovesBody {
+    /// Each of them.
+    pub moves: Vec<MoveBody>,
+    /// What moves have come to, of each node since it was started.
+    pub nodes: Vec<MoveTotalsBody>,
+}
+
+/// A slot on its way.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct MoveBody {
+    /// The slot.
+    pub slot: u16,
+    /// Its owner.
+    pub from: String,
+    /// To whom.
+    pub to: String,
+    /// `copying`, `sealed` (writes to it wait) or `granted`.
+    pub phase: String,
+    /// Commits that were sent.
+    pub rows_sent: u64,
+    /// Commits that are still to be copied, as far as is known.
+    pub rows_left: u64,
+    /// For how long it has been on its way.
+    pub since_ms: u64,
+}
+
+/// What the moves of a node have come to since it was started.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct MoveTotalsBody {
+    /// The node.
+    pub node: String,
+    /// Slots that it gave away.
+    pub given: u64,
+    /// Slots that it took.
+    pub taken: u64,
+    /// Moves that came to nothing, and were tried again.
+    pub aborted: u64,
+    /// How long writes to a slot waited while it was given away: the middle one of the newest, in microseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pause_p50_us: Option<u64>,
+    /// The longest of them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pause_max_us: Option<u64>,
+}
+
+/// What would move.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct PlanBody {
+    /// Slots that would move.
+    pub moves: u64,
+    /// Slots whose owner is not known: they move when it is back.
+    pub without_owner: u64,
+    /// Each node, by name.
+    pub nodes: Vec<PlanNodeBody>,
+    /// From which node to which, how many.
+    pub flows: Vec<PlanFlowBody>,
+}
+
+/// What a node would give and get.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct PlanNodeBody {
+    /// The node.
+    pub node: String,
+    /// Slots that it owns.
+    pub owns: u64,
+    /// Slots that it would own.
+    pub wished: u64,
+    /// Slots that it would give away.
+    pub gives: u64,
+    /// Slots that it would get.
+    pub takes: u64,
+}
+
+/// Slots that would go from one node to another.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct PlanFlowBody {
+    /// From whom.
+    pub from: String,
+    /// To whom.
+    pub to: String,
+    /// How many.
+    pub count: u64,
+    /// Which.
+    pub slots: Vec<u16>,
+}
+
+/// What is to move: with nothing in it, all that is not where the ring wants it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct MigrateBody {
+    /// A slot, 0 to 4095.
+    #[serde(default, deserialize_with = "whole_number::optional", skip_serializing_if = "Option::is_none")]
+    #[schema(maximum = 4095)]
+    pub slot: Option<u16>,
+    /// Or the slot of all entities whose ids have this tag in braces.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(min_length = 1, max_length = 510, pattern = "^[^{}]+$")]
+    pub tag: Option<String>,
+    /// The node, by name or id, that is to own it; it stays there until it is unpinned.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub to: Option<String>,
+    /// It goes to where the ring wants it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub unpin: bool,
+}
+
+/// What was asked to move.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct MigratedBody {
+    /// The slot; none: all that is not where it should be.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub slot: Option<u16>,
+    /// Slots that are to move now, in the whole cluster, as far as is known.
+    pub to_move: u64,
+}
+
+/// Which node gives all its slots away.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct DrainBody {
+    /// Its name or id; none for the one that is asked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node: Option<String>,
+    /// It takes slots again instead.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub cancel: bool,
+}
+
+/// A node that was drained, or is no more.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct DrainedBody {
+    /// Its name.
+    pub node: String,
+    /// Slots that it owns still.
+    pub owns: u64,
+}
+
+/// Which node is taken out of the cluster for ever.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ForgetBody {
+    /// Its name or id.
+    pub node: String,
+    /// **An oath**: its disk is destroyed and never runs again. Erasures and joins go on without it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub destroyed: bool,
+}
+
+/// Something that happened in the cluster, as the node that is followed sees it. Fields that say nothing are left out.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ClusterEventBody {
+    /// When.
+    pub at: String,
+    /// The node that it is about; of a move, the one that gives.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node: Option<String>,
+    /// The slot.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub slot: Option<u16>,
+    /// The node that takes, or the new standing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub to: Option<String>,
+    /// The standing before.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from: Option<String>,
+    /// `copying`, `sealed` or `granted`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub phase: Option<String>,
+    /// Commits that were sent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rows_sent: Option<u64>,
+    /// Commits that are still to be copied.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rows_left: Option<u64>,
+    /// How long writes waited, in microseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pause_us: Option<u64>,
+    /// Why, in a word or a sentence.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+    /// Events that were missed, because they were not taken in time.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub missed: Option<u64>,
 }
 
 /// An event as a subscription hands it out (`event: event`).

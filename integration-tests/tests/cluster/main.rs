@@ -10,6 +10,7 @@ mod gate;
 mod handoff_crash;
 mod ledger;
 mod members;
+mod operate;
 mod processes;
 mod slots;
 mod strangers;

@@ -8,6 +8,7 @@ mod http;
 #[path = "../common/proxy.rs"]
 mod proxy;
 
+mod cluster;
 mod hostile;
 mod retry;
 mod schema;

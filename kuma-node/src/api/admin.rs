@@ -118,8 +118,23 @@ pub(crate) async fn status(State(node): State<Arc<Node>>, _may: May<access::AnyT
         connections: node.connections.load(std::sync::atomic::Ordering::Relaxed) as u64,
         rss_bytes: process::memory().unwrap_or(0),
         shards: stats.shards.iter().map(shard).collect(),
+        cluster: node.cluster.as_ref().map(in_cluster),
     };
     json(StatusCode::OK, &body)
+}
+
+fn in_cluster(cluster: &kuma_cluster::Node) -> wire::StatusClusterBody {
+    let members = cluster.members();
+    wire::StatusClusterBody {
+        node: cluster.name(),
+        address: cluster.address().to_string(),
+        members: members.len() as u64,
+        members_up: members.iter().filter(|member| member.is_up).count() as u64,
+        owns: cluster.owned() as u64,
+        wished: members.iter().find(|member| member.is_own).map_or(0, |member| member.wished as u64),
+        moving: cluster.moves().len() as u64,
+        health: cluster.health().state.as_str().to_owned(),
+    }
 }
 
 /// Reads everything and checks it, beside appends.

@@ -3,11 +3,13 @@
 //! ```text
 //! body ──► message ──► submitted ──────────────► on the way (first in, first out) ──► outcome ──► answer
 //!             │  its entity is not in memory,        ▲
-//!             └─ or has too much waiting ──► lane of the entity
+//!             │  has too much waiting,               │
+//!             └─ or is another node's ──► lane of the entity, which follows it to the node that owns it
 //! ```
 //!
 //! Invariants:
 //! - Messages of one entity are appended in their order.
+//! - In a cluster a lane asks the owner for some messages at a time, in their order, and for the next ones when it knows what became of those.
 //! - Outcomes come in the order of the messages.
 //! - Nothing waits for an entity that is not in memory but what is for the same entity.
 //! - Memory is bounded: by the messages on their way, and by their bytes. Whoever does not read outcomes is not read from either.
@@ -30,8 +32,10 @@ use axum::{
 };
 use futures_util::stream;
 use http_body_util::BodyExt;
-use kuma_core::{AppendError, Appended, EntityHash, Kuma, Pending, Unavailable};
+use kuma_core::{AppendError, Appended, EntityHash, Pending, Slot, Unavailable, slot_of};
 use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
+use serde_bytes::ByteBuf;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 
 use super::{Problems, entities::MESSAGE_PACK, history::CHUNK_BYTES};
@@ -39,6 +43,7 @@ use crate::{
     access::{self, May},
     append_body::{Append, Encoding, invalid},
     body::encoding,
+    forward,
     msgpack::{Boundary, Malformed, begins_map},
     node::Node,
     problem::Problem,
@@ -51,6 +56,9 @@ const BYTES_MAX: usize = 16 << 20;
 const MESSAGE_BYTES: usize = 512;
 /// How long an entity that has too much waiting is tried.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// Messages that go to another node at once.
+const BATCH_MAX: usize = 256;
+const BATCH_BYTES_MAX: usize = 1 << 20;
 /// A stream on which nothing comes for so long is ended.
 const IDLE: Duration = Duration::from_secs(600);
 
@@ -123,10 +131,18 @@ struct Entry {
 
 /// Where its outcome comes from.
 enum Outcome {
-    Known(Box<Problem>),
+    Known(Box<wire::Problem>),
     Pending(Pin<Box<dyn Future<Output = Result<Appended, AppendError>> + Send>>),
     /// Through the lane of its entity.
-    Later(oneshot::Receiver<Result<Appended, Problem>>),
+    Later(oneshot::Receiver<Told>),
+}
+
+/// What became of a message.
+type Told = Result<Appended, Box<wire::Problem>>;
+
+/// A problem as it is told.
+fn told(problem: impl Into<Problem>) -> Box<wire::Problem> {
+    Box::new(problem.into().body(None))
 }
 
 impl Outcome {
@@ -134,20 +150,20 @@ impl Outcome {
         Outcome::Pending(Box::pin(pending.appended()))
     }
 
-    fn poll(&mut self, context: &mut Context<'_>) -> Poll<Result<Appended, Problem>> {
+    fn poll(&mut self, context: &mut Context<'_>) -> Poll<Told> {
         match self {
-            Outcome::Known(problem) => Poll::Ready(Err((**problem).clone())),
-            Outcome::Pending(pending) => pending.as_mut().poll(context).map_err(Problem::from),
+            Outcome::Known(problem) => Poll::Ready(Err(problem.clone())),
+            Outcome::Pending(pending) => pending.as_mut().poll(context).map_err(told),
             Outcome::Later(later) => Pin::new(later).poll(context).map(|outcome| {
                 // The lane ends with the process alone.
-                outcome.unwrap_or_else(|_| Err(Problem::stopping()))
+                outcome.unwrap_or_else(|_| Err(told(Problem::stopping())))
             }),
         }
     }
 }
 
 impl Entry {
-    fn poll_now(&mut self) -> Option<Result<Appended, Problem>> {
+    fn poll_now(&mut self) -> Option<Told> {
         match self.outcome.poll(&mut Context::from_waker(Waker::noop())) {
             Poll::Ready(outcome) => Some(outcome),
             Poll::Pending => None,
@@ -159,7 +175,7 @@ impl Entry {
         self.write(encoding, outcome, out);
     }
 
-    fn write(&self, encoding: Encoding, outcome: Result<Appended, Problem>, out: &mut Vec<u8>) {
+    fn write(&self, encoding: Encoding, outcome: Told, out: &mut Vec<u8>) {
         // A Vec never refuses a byte.
         match (encoding, outcome) {
             (Encoding::Json, Ok(Appended { version, repeated })) => {
@@ -179,7 +195,7 @@ impl Entry {
                 }
             }
             (encoding, Err(problem)) => {
-                let problem = Some(problem.body(None));
+                let problem = Some(*problem);
                 let outcome = wire::StreamedOutcome { n: self.n, version: None, repeated: false, problem };
                 match encoding {
                     Encoding::Json => {
@@ -195,7 +211,7 @@ impl Entry {
 
 /// Reads messages and sends them on their way, until the stream ends or nobody wants to know.
 async fn read(node: Arc<Node>, mut body: Body, encoding: Encoding, on_the_way: mpsc::Sender<Entry>) {
-    let lanes = Lanes { kuma: node.kuma.clone(), encoding, waiting: Arc::default() };
+    let lanes = Lanes { node: node.clone(), encoding, waiting: Arc::default() };
     let room = Arc::new(Semaphore::new(BYTES_MAX));
     let mut cutter = Cutter::new(encoding, node.config.body_bytes_max);
     let mut n = 0;
@@ -247,7 +263,7 @@ async fn read(node: Arc<Node>, mut body: Body, encoding: Encoding, on_the_way: m
 }
 
 async fn tell(on_the_way: &mpsc::Sender<Entry>, n: u64, problem: Problem) {
-    let outcome = Outcome::Known(Box::new(problem));
+    let outcome = Outcome::Known(told(problem));
     // Nobody may want to know any more.
     let _ = on_the_way.send(Entry { n, outcome, _room: None }).await;
 }
@@ -255,7 +271,7 @@ async fn tell(on_the_way: &mpsc::Sender<Entry>, n: u64, problem: Problem) {
 /// Messages of entities that cannot take them at once, in their order.
 #[derive(Clone)]
 struct Lanes {
-    kuma: Kuma,
+    node: Arc<Node>,
     encoding: Encoding,
     /// By entity; one that is there has a task.
     waiting: Arc<Mutex<HashMap<EntityHash, VecDeque<Job>>>>,
@@ -264,7 +280,8 @@ struct Lanes {
 /// A message that waits.
 struct Job {
     message: Bytes,
-    done: oneshot::Sender<Result<Appended, Problem>>,
+    slot: Slot,
+    done: oneshot::Sender<Told>,
 }
 
 /// A message on its way to its entity.
@@ -272,10 +289,10 @@ type Submit = Pin<Box<dyn Future<Output = Result<Pending, AppendError>> + Send>>
 
 impl Lanes {
     /// Where the message goes, and how it gets there.
-    fn parse(&self, message: &[u8]) -> Result<(EntityHash, Submit), Problem> {
+    fn parse(&self, message: &[u8]) -> Result<(EntityHash, Slot, Submit), Problem> {
         let Append { kind, id, key, events, expected, metadata } = Append::parse_streamed(self.encoding, message)?;
         let (kind, id, key) = (kind.unwrap_or_default(), id.unwrap_or_default(), key.unwrap_or_default());
-        let entity = self.kuma.raw(&kind, id.as_bytes());
+        let entity = self.node.kuma.raw(&kind, id.as_bytes());
         let hash = entity.check()?;
         let key = key.into_owned();
         let submit = async move {
@@ -288,46 +305,56 @@ impl Lanes {
             }
             append.idempotency_key(key).submit().await
         };
-        Ok((hash, Box::pin(submit)))
+        Ok((hash, slot_of(&kind, &id), Box::pin(submit)))
     }
 
     fn submit(&self, message: Bytes) -> Outcome {
-        let known = |problem: Problem| Outcome::Known(Box::new(problem));
-        let (entity, mut submit) = match self.parse(&message) {
+        let known = |problem: Problem| Outcome::Known(told(problem));
+        let (entity, slot, mut submit) = match self.parse(&message) {
             Ok(parsed) => parsed,
             Err(problem) => return known(problem),
         };
         let mut waiting = self.waiting.lock();
         if let Some(lane) = waiting.get_mut(&entity) {
             let (done, later) = oneshot::channel();
-            lane.push_back(Job { message, done });
+            lane.push_back(Job { message, slot, done });
             return Outcome::Later(later);
         }
         // An entity in memory takes it at once. If it does not, it is asked again by the lane, with a waker of its own.
         let first = match submit.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
             Poll::Ready(Ok(pending)) => return Outcome::pending(pending),
             Poll::Ready(Err(AppendError::Unavailable(Unavailable::Overloaded { .. }))) => None,
-            Poll::Ready(Err(error)) => return known(error.into()),
+            Poll::Ready(Err(error)) => match Problem::from(error) {
+                problem if problem.is_elsewhere() && self.node.cluster.is_some() => None,
+                problem => return known(problem),
+            },
             Poll::Pending => Some(submit),
         };
         waiting.insert(entity, VecDeque::new());
         drop(waiting);
         let (done, later) = oneshot::channel();
-        tokio::spawn(self.clone().run(entity, first, Job { message, done }));
+        tokio::spawn(self.clone().run(entity, first, Job { message, slot, done }));
         Outcome::Later(later)
     }
 
     /// Sends what waits for an entity, one after the other.
     async fn run(self, entity: EntityHash, mut first: Option<Submit>, mut job: Job) {
         loop {
-            let submitted = self.patiently(first.take(), &job.message).await;
-            let done = job.done;
+            let is_here = self.node.cluster.as_ref().is_none_or(|cluster| cluster.is_here(job.slot));
+            let submitted = match is_here {
+                true => Some(self.patiently(first.take(), &job.message).await),
+                false => None,
+            };
             match submitted {
                 // The next one is behind it by now, and need not wait for the disk.
-                Ok(pending) => drop(tokio::spawn(async move {
-                    let _ = done.send(pending.appended().await.map_err(Problem::from));
+                Some(Ok(pending)) => drop(tokio::spawn(async move {
+                    let _ = job.done.send(pending.appended().await.map_err(told));
                 })),
-                Err(problem) => drop(done.send(Err(problem))),
+                Some(Err(problem)) if !problem.is_elsewhere() || self.node.cluster.is_none() => {
+                    let _ = job.done.send(Err(told(problem)));
+                }
+                // Not here, or not any more: nothing was done, and what was before it is settled.
+                _ => self.at_owner(entity, job).await,
             }
             let mut waiting = self.waiting.lock();
             match waiting.get_mut(&entity).and_then(VecDeque::pop_front) {
@@ -340,6 +367,53 @@ impl Lanes {
         }
     }
 
+    /// Has a message, and what waits behind it, done by the node that owns the entity.
+    async fn at_owner(&self, entity: EntityHash, job: Job) {
+        let Some(cluster) = &self.node.cluster else { return };
+        let slot = job.slot;
+        let mut bytes = job.message.len();
+        let mut jobs = VecDeque::from([job]);
+        if let Some(lane) = self.waiting.lock().get_mut(&entity) {
+            while jobs.len() < BATCH_MAX
+                && let Some(next) = lane.front()
+                && bytes + next.message.len() <= BATCH_BYTES_MAX
+            {
+                bytes += next.message.len();
+                jobs.extend(lane.pop_front());
+            }
+        }
+        let until = Instant::now() + PATIENCE;
+        while !jobs.is_empty() {
+            let left = until.saturating_duration_since(Instant::now());
+            let messages = jobs.iter().map(|job| ByteBuf::from(job.message.to_vec())).collect();
+            let asked = AskedAppends { is_json: self.encoding == Encoding::Json, messages };
+            match forward::ask_appends(cluster, slot, &asked, left).await {
+                Ok(outcomes) => {
+                    for outcome in outcomes {
+                        let outcome = match outcome {
+                            AskedOutcome::Appended { version, repeated } => {
+                                Ok(Appended { version: kuma_core::Version(version), repeated })
+                            }
+                            AskedOutcome::Failed(problem) => Err(Box::new(problem)),
+                        };
+                        if let Some(job) = jobs.pop_front() {
+                            let _ = job.done.send(outcome);
+                        }
+                    }
+                    // What is left was not done there: the slot has gone on.
+                }
+                Err(problem) => {
+                    // Each has a key: sent again, it happens once.
+                    let is_unknown = problem.code() == "outcome_unknown";
+                    let problem = told(if is_unknown { problem.retry_safe(true) } else { problem });
+                    for job in jobs.drain(..) {
+                        let _ = job.done.send(Err(problem.clone()));
+                    }
+                }
+            }
+        }
+    }
+
     /// Waits for room instead of giving up: the sender waits behind it.
     async fn patiently(&self, first: Option<Submit>, message: &[u8]) -> Result<Pending, Problem> {
         let until = Instant::now() + PATIENCE;
@@ -347,7 +421,7 @@ impl Lanes {
         loop {
             let now = match submit.take() {
                 Some(submit) => submit,
-                None => self.parse(message)?.1,
+                None => self.parse(message)?.2,
             };
             match now.await {
                 Ok(pending) => return Ok(pending),
@@ -360,6 +434,54 @@ impl Lanes {
             }
         }
     }
+}
+
+/// Messages of one entity, in their order, on their way to its owner.
+#[derive(Serialize, Deserialize)]
+pub(crate) struct AskedAppends {
+    is_json: bool,
+    messages: Vec<ByteBuf>,
+}
+
+/// What became of one of them there.
+#[derive(Serialize, Deserialize)]
+pub(crate) enum AskedOutcome {
+    Appended { version: u64, repeated: bool },
+    Failed(wire::Problem),
+}
+
+/// Does appends of another node's stream. What became of the first of them; of the others nothing was done, because the slot is not here any more.
+/// None: of none.
+pub(crate) async fn answer(node: &Arc<Node>, slot: Slot, asked: AskedAppends) -> Option<Vec<AskedOutcome>> {
+    let encoding = if asked.is_json { Encoding::Json } else { Encoding::MessagePack };
+    let lanes = Lanes { node: node.clone(), encoding, waiting: Arc::default() };
+    let mut on_the_way = Vec::with_capacity(asked.messages.len().min(BATCH_MAX));
+    for message in &asked.messages {
+        let submitted = match lanes.parse(message) {
+            Ok((_, of, _)) if of != slot => Err(invalid("the message is of another slot than was said")),
+            Ok((_, _, submit)) => lanes.patiently(Some(submit), message).await,
+            Err(problem) => Err(problem),
+        };
+        if submitted.as_ref().is_err_and(Problem::is_elsewhere) {
+            break;
+        }
+        on_the_way.push(submitted);
+    }
+    let mut outcomes = Vec::with_capacity(on_the_way.len());
+    for submitted in on_the_way {
+        let appended = match submitted {
+            Ok(pending) => pending.appended().await.map_err(Problem::from),
+            Err(problem) => Err(problem),
+        };
+        match appended {
+            Ok(Appended { version, repeated }) => {
+                outcomes.push(AskedOutcome::Appended { version: version.0, repeated });
+            }
+            Err(problem) if problem.is_elsewhere() => break,
+            Err(problem) => outcomes.push(AskedOutcome::Failed(problem.body(None))),
+        }
+    }
+    (!outcomes.is_empty()).then_some(outcomes)
 }
 
 /// Cuts what comes into messages.

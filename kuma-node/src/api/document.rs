@@ -212,6 +212,17 @@ pub(crate) enum SubscribedWhat {
     Unreadable,
 }
 
+/// A server-sent event of the cluster.
+#[derive(ToSchema)]
+pub(crate) struct ClusterMessage {
+    /// What has happened: `member_up`, `move_done`, ...
+    event: String,
+    /// JSON: a `ClusterEventBody`.
+    data: String,
+    /// After how many milliseconds a client that was cut off comes back; only at the beginning.
+    retry: Option<u64>,
+}
+
 /// A kind and the name of an event.
 pub(crate) struct EventName;
 

@@ -120,7 +120,7 @@ pub(crate) struct ImportQuery {
 /// Imports events from lines of text: an export, or your own.
 ///
 /// `{"kind", "id", "type", "data"}` is enough. Answered by lines: progress now and then, and at the end what was done or which line is wrong. An
-/// import that was cut off is sent again under the same name.
+/// import that was cut off is sent again under the same name. Not in a cluster in which other nodes own slots.
 #[utoipa::path(
     post,
     path = "/v1/import",
@@ -141,6 +141,13 @@ pub(crate) async fn import(
 ) -> Result<Response, Problem> {
     let (parts, body) = request.into_parts();
     encoding(&parts.headers, &[("application/x-ndjson", Encoding::Json)])?;
+    if node.cluster.as_ref().is_some_and(|cluster| cluster.owned() < usize::from(kuma_core::SLOTS)) {
+        return Err(Problem::new(
+            axum::http::StatusCode::CONFLICT,
+            "not_in_a_cluster",
+            "an import writes to the node's own entities alone, and other nodes own some; send the events through the stream /v1/append, which any node takes",
+        ));
+    }
     let permit = node.stream()?;
     let stopping = node.stopping.clone();
     let import = node.kuma.import(source);

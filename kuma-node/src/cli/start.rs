@@ -34,11 +34,20 @@ pub(super) async fn run(arguments: &StartArguments) -> anyhow::Result<Exit> {
     let (stop, mut hangups) = (own::shutdown_signal()?, own::hangups()?);
     let data = config.data.display().to_string();
     tracing::info!(version = %own::build_info(), "kuma-node starts");
-    let server = Server::start(config).await?;
+    tokio::pin!(stop);
+    // A node that waits for its seeds may do so for ever. Whatever it is at, what is on the disk is whole.
+    let is_clustered = config.cookie_file.is_some();
+    let server = tokio::select! {
+        biased;
+        server = Server::start(config) => server?,
+        signal = &mut stop, if is_clustered => {
+            tracing::info!(signal, "kuma-node ends while it starts");
+            return Ok(Exit::Done);
+        }
+    };
     tracing::info!(url = server.url(), data, "kuma-node is ready");
     own::notify_ready();
     let mut alive = own::watchdog_interval().map(tokio::time::interval);
-    tokio::pin!(stop);
     let signal = loop {
         tokio::select! {
             signal = &mut stop => break signal,

@@ -10,7 +10,7 @@ use super::{
     output::{BAD, GOOD, WARN, duration},
     table::{Table, pairs},
 };
-use crate::wire::{HealthBody, ShardBody, StatusBody};
+use crate::wire::{ClusterHealthBody, HealthBody, ShardBody, StatusBody, StatusClusterBody};
 
 /// Prints how the node is, and fails if it takes no requests: a container's health check.
 pub(super) async fn run(session: &Session) -> anyhow::Result<Exit> {
@@ -49,9 +49,36 @@ pub(super) async fn run(session: &Session) -> anyhow::Result<Exit> {
         return Ok(exit);
     }
     session.output.line(readiness(&health, is_ready))?;
-    session.output.line(pairs(told(&status)))?;
+    let mut rows = told(&status);
+    if let Some(cluster) = &status.cluster {
+        rows.extend(in_cluster(cluster));
+    }
+    session.output.line(pairs(rows))?;
+    if status.cluster.as_ref().is_some_and(|cluster| cluster.health != "ok") {
+        reasons(session, &client.cluster_health().await?)?;
+    }
     session.output.table(&shards(&status.shards))?;
     Ok(exit)
+}
+
+fn in_cluster(cluster: &StatusClusterBody) -> Vec<(&'static str, String)> {
+    let StatusClusterBody { node, address, members, members_up, owns, wished, moving, health } = cluster;
+    vec![
+        ("node", format!("{node}, other nodes at {address}")),
+        ("nodes", format!("{members_up} of {members} within reach")),
+        ("slots", format!("{owns} owned, {wished} wished, {moving} on their way")),
+        ("cluster", health.clone()),
+    ]
+}
+
+/// What is in the way of the cluster.
+fn reasons(session: &Session, health: &ClusterHealthBody) -> anyhow::Result<()> {
+    for reason in &health.reasons {
+        let style = if reason.status == "unavailable" { BAD } else { WARN };
+        let detail = super::output::printable(&reason.detail);
+        session.output.line(format_args!("{style}{}{style:#}  {detail}", reason.code))?;
+    }
+    Ok(())
 }
 
 fn readiness(health: &HealthBody, is_ready: bool) -> String {

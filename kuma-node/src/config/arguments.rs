@@ -5,7 +5,7 @@
 
 use std::{collections::BTreeMap, path::PathBuf};
 
-use clap::{Arg, ArgMatches, Args, Command, FromArgMatches, ValueHint};
+use clap::{Arg, ArgAction, ArgMatches, Args, Command, FromArgMatches, ValueHint};
 
 use super::settings::{Fallback, SETTINGS};
 
@@ -51,13 +51,22 @@ impl Args for StartArguments {
                 "FILE" => ValueHint::FilePath,
                 _ => ValueHint::Other,
             };
-            command.arg(
-                Arg::new(setting.name).long(setting.flag()).value_name(setting.value).value_hint(hint).help(format!(
-                    "{} [default: {default}] [env: {}]",
-                    setting.help,
-                    setting.variable()
-                )),
-            )
+            let value = setting.value.trim_end_matches(",...");
+            let mut arg = Arg::new(setting.name).long(setting.flag()).value_name(value).value_hint(hint).help(format!(
+                "{} [default: {default}] [env: {}]",
+                setting.help,
+                setting.variable()
+            ));
+            if setting.is_list() {
+                arg = arg.action(ArgAction::Append);
+            }
+            if setting.is_switch() {
+                arg = arg.num_args(0..=1).default_missing_value("true");
+            }
+            if let Some(other) = setting.other_name() {
+                arg = arg.alias(other.replace('_', "-"));
+            }
+            command.arg(arg)
         })
     }
 
@@ -78,8 +87,10 @@ impl FromArgMatches for StartArguments {
             self.file = Some(file.clone());
         }
         for setting in SETTINGS {
-            if let Some(value) = matches.get_one::<String>(setting.name) {
-                self.flags.insert(setting.name, value.clone());
+            let values: Vec<&str> =
+                matches.get_many::<String>(setting.name).into_iter().flatten().map(String::as_str).collect();
+            if !values.is_empty() {
+                self.flags.insert(setting.name, values.join(","));
             }
         }
         Ok(())
@@ -112,6 +123,21 @@ mod tests {
             assert_eq!(cli.start.flags[setting.name], "x");
         }
         assert!(Cli::try_parse_from(["kuma-node", "--colour", "x"]).is_err());
+        let cli = Cli::try_parse_from([
+            "kuma-node",
+            "--found",
+            "--seed",
+            "a",
+            "--seed-nodes",
+            "b",
+            "--data-dir",
+            "/d",
+            "--access-log",
+            "false",
+        ])
+        .unwrap();
+        let expected = StartArguments::default().with("found", "true").with("seed", "a,b").with("data", "/d");
+        assert_eq!(cli.start, expected.with("access_log", "false"));
     }
 
     #[test]

@@ -14,7 +14,7 @@ use toml::de::{DeTable, DeValue};
 
 use super::{
     Config, KindConfig, StartArguments, TlsFiles,
-    settings::{Definition, Draft, Fallback, IDLE_MAX, SETTINGS, find},
+    settings::{Definition, Draft, Fallback, IDLE_MAX, OTHER_NAMES, SETTINGS, find},
     text::{bytes, closest, duration, number, printable, word},
 };
 
@@ -206,6 +206,11 @@ pub fn load_from(
     }
     for setting in SETTINGS {
         let variable = setting.variable();
+        let other = setting.other_name().map(|name| format!("KUMA_{}", name.to_uppercase()));
+        let variable = match other.filter(|other| environment.get(other).is_some()) {
+            Some(other) if environment.get(&variable).is_none() => other,
+            _ => variable,
+        };
         if let Some(text) = environment.get(&variable) {
             given.insert(setting.name, Given { text: text?, origin: Origin::Environment { variable } });
         }
@@ -270,6 +275,19 @@ fn finish(draft: Draft, given: &BTreeMap<&'static str, Given>) -> Result<Config,
         let reason = "the largest body must fit into the memory for bodies; lower the first or raise the second";
         return Err(conflict("body_bytes_max", "body_memory_max", reason));
     }
+    // Each means something in a cluster alone.
+    for name in ["seed", "cluster_listen", "cluster_advertise", "node_name"] {
+        if config.cookie_file.is_none() && given.contains_key(name) {
+            return Err(incomplete(name, "cookie_file"));
+        }
+    }
+    if config.found && config.cookie_file.is_none() {
+        return Err(incomplete("found", "cookie_file"));
+    }
+    if config.found && !config.seeds.is_empty() {
+        let reason = "a node with seeds joins their cluster and founds none; leave one of them out";
+        return Err(conflict("found", "seed", reason));
+    }
     let data = plain(&config.data);
     if plain(&config.backup_dir()).starts_with(&data) {
         return Err(conflict(
@@ -332,7 +350,8 @@ impl Environment {
 
     /// A misspelt variable would go unnoticed. No error: an orchestrator may set some of its own, and the client has others.
     fn warnings(&self) -> Vec<String> {
-        let names: Vec<String> = SETTINGS.iter().map(Definition::variable).collect();
+        let others = OTHER_NAMES.into_iter().map(|(name, _)| format!("KUMA_{}", name.to_uppercase()));
+        let names: Vec<String> = SETTINGS.iter().map(Definition::variable).chain(others).collect();
         let known = |name: &str| {
             names.iter().any(|known| known == name) || name == FILE_VARIABLE || CLIENT_VARIABLES.contains(&name)
         };
@@ -407,6 +426,13 @@ impl File<'_> {
             DeValue::String(text) => text.to_string(),
             DeValue::Integer(number) => number.to_string(),
             DeValue::Boolean(switch) => switch.to_string(),
+            DeValue::Array(list) if find(name).is_some_and(Definition::is_list) => {
+                let texts: Option<Vec<&str>> = list.iter().map(|value| value.get_ref().as_str()).collect();
+                match texts {
+                    Some(texts) => texts.join(","),
+                    None => return Err(self.malformed(value.span(), format!("{name} is a list of texts"))),
+                }
+            }
             other => {
                 let problem = format!("{name} is text, a number, or true or false; here it is {}", other.type_str());
                 return Err(self.malformed(value.span(), problem));
@@ -607,6 +633,36 @@ mod tests {
     }
 
     /// Somebody puts the key where its file should be named.
+    #[test]
+    fn a_cluster_is_configured_by_any_of_the_names_and_seeds_may_be_several() {
+        let (_dir, arguments) =
+            file("data_dir = \"d\"\ncookie_file = \"c\"\nseed_nodes = [\"10.0.0.1:4860\", \"kuma@db\"]\n");
+        let loaded = load_from(&arguments, environment(&[])).unwrap();
+        assert_eq!(loaded.config.seeds, ["10.0.0.1:4860", "kuma@db"]);
+        assert_eq!((loaded.config.data, loaded.config.cookie_file), ("d".into(), Some("c".into())));
+        let set = environment(&[("KUMA_SEED_NODES", "one, two"), ("KUMA_DATA_DIR", "e"), ("KUMA_COOKIE_FILE", "c")]);
+        let loaded = load_from(&StartArguments::default(), set).unwrap();
+        assert_eq!((loaded.config.seeds, loaded.config.data), (vec!["one".to_owned(), "two".to_owned()], "e".into()));
+        assert!(loaded.warnings.is_empty());
+        let listen = loaded.settings.iter().find(|setting| setting.name == "cluster_listen").unwrap();
+        assert_eq!(listen.value.as_deref(), Some("127.0.0.1:4860"));
+        let alone = load_from(&StartArguments::default(), environment(&[])).unwrap();
+        assert!(alone.config.cookie_file.is_none() && alone.config.cluster_listen().is_none());
+        for (text, why) in [
+            ("seed = \"db\"\n", "cookie_file is not"),
+            ("found = true\n", "cookie_file is not"),
+            ("node_name = \"a\"\n", "cookie_file is not"),
+            ("cookie_file = \"c\"\nfound = true\nseed = \"db\"\n", "founds none"),
+            ("cookie_file = \"c\"\nseed = \"a b\"\n", "up to 64 addresses"),
+            ("cookie_file = \"c\"\nseed = [1]\n", "list of texts"),
+            ("cookie_file = \"c\"\ncluster_advertise = \"db\"\n", "a host and a port"),
+            ("cookie_file = \"c\"\nnode_name = \"a b\"\n", "1 to 64 letters"),
+        ] {
+            let refused = refused(text);
+            assert!(refused.contains(why), "{refused}");
+        }
+    }
+
     #[test]
     fn a_secret_in_the_wrong_place_is_not_printed() {
         let key = "8f".repeat(32);

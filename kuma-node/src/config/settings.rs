@@ -46,14 +46,33 @@ impl Definition {
         self.name.replace('_', "-")
     }
 
+    /// Whether it may be given more than once, or as a list; commas part what is given in one.
+    pub(super) fn is_list(&self) -> bool {
+        self.value == "HOST:PORT,..."
+    }
+
+    /// Whether the flag alone says "true".
+    pub(super) fn is_switch(&self) -> bool {
+        self.value == "BOOL"
+    }
+
+    /// The other name of it.
+    pub(super) fn other_name(&self) -> Option<&'static str> {
+        OTHER_NAMES.into_iter().find(|(_, name)| *name == self.name).map(|(other, _)| other)
+    }
+
     /// The environment variable.
     pub(super) fn variable(&self) -> String {
         format!("KUMA_{}", self.name.to_uppercase())
     }
 }
 
-/// The setting with this name.
+/// Names under which a setting is known as well: those of the library's options.
+pub(super) const OTHER_NAMES: [(&str, &str); 2] = [("data_dir", "data"), ("seed_nodes", "seed")];
+
+/// The setting with this name, or one that has it as well.
 pub(super) fn find(name: &str) -> Option<&'static Definition> {
+    let name = OTHER_NAMES.into_iter().find(|(other, _)| *other == name).map_or(name, |(_, name)| name);
     SETTINGS.iter().find(|setting| setting.name == name)
 }
 
@@ -76,6 +95,38 @@ fn address(text: &str) -> Result<SocketAddr, String> {
 
 fn name(text: &str) -> Result<String, String> {
     if (1..=128).contains(&text.len()) { Ok(text.to_owned()) } else { Err("a name of 1 to 128 bytes".to_owned()) }
+}
+
+fn node_name(text: &str) -> Result<String, String> {
+    let is_ok = (1..=64).contains(&text.len())
+        && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.'));
+    if is_ok { Ok(text.to_owned()) } else { Err("1 to 64 letters, digits, '-', '_' and '.'".to_owned()) }
+}
+
+fn seeds(text: &str) -> Result<Vec<String>, String> {
+    let seeds: Vec<String> = text.split(',').map(|seed| seed.trim().to_owned()).collect();
+    let is_ok =
+        |seed: &String| (1..=300).contains(&seed.len()) && !seed.contains(|c: char| c.is_whitespace() || c == '/');
+    match seeds.iter().all(is_ok) && seeds.len() <= 64 {
+        true => Ok(seeds),
+        false => {
+            Err("up to 64 addresses, such as 10.0.0.1:4860, db1.example or kuma@10.0.0.1, with commas between them"
+                .to_owned())
+        }
+    }
+}
+
+fn host_and_port(text: &str) -> Result<String, String> {
+    let is_ok = text.rsplit_once(':').is_some_and(|(host, port)| {
+        !host.is_empty()
+            && !host.contains(|c: char| c.is_whitespace() || c == '/')
+            && port.parse::<u16>().is_ok_and(|port| port > 0)
+    });
+    if is_ok && text.len() <= 300 {
+        Ok(text.to_owned())
+    } else {
+        Err("a host and a port, such as 10.0.0.1:4860 or db1.example:4860".to_owned())
+    }
 }
 
 fn directive(text: &str) -> Result<String, String> {
@@ -140,6 +191,19 @@ pub(super) static SETTINGS: &[Definition] = &[
         |draft, text| draft.tls_cert => Some(path(text)?)),
     setting!("tls_key" "FILE" = Found("plain HTTP", |_| None), "The certificate's private key, PEM; needs tls_cert",
         |draft, text| draft.tls_key => Some(path(text)?)),
+    setting!("cookie_file" "FILE" = Found("in no cluster", |_| None), "The file with the cluster's secret, which `kuma-node cookie` makes; with it the node is in a cluster",
+        |draft, text| draft.config.cookie_file => Some(path(text)?)),
+    setting!("seed" "HOST:PORT,..." = Found("none", |_| None), "A node of the cluster that is joined, any of them; may be given more than once",
+        |draft, text| draft.config.seeds => seeds(text)?),
+    setting!("found" "BOOL" = Value("false"), "This is the first node of a new cluster; needed once",
+        |draft, text| draft.config.found => switch(text)?),
+    setting!("cluster_listen" "ADDRESS" = Found("127.0.0.1:4860 in a cluster", |config| config.cluster_listen().map(|address| address.to_string())),
+        "Where other nodes are listened for; links are encrypted, and nobody without the cookie gets in",
+        |draft, text| draft.config.cluster_listen => Some(address(text)?)),
+    setting!("cluster_advertise" "HOST:PORT" = Found("where the node listens for others", |_| None), "Where other nodes reach this one",
+        |draft, text| draft.config.cluster_advertise => Some(host_and_port(text)?)),
+    setting!("node_name" "NAME" = Found("where other nodes reach it", |_| None), "What people call the node; no two of a cluster have the same",
+        |draft, text| draft.config.node_name => Some(node_name(text)?)),
     setting!("log" "DIRECTIVE" = Value("info"), "What is logged: a level, or levels of modules, such as info,kuma_node=debug",
         |draft, text| draft.config.log => directive(text)?),
     setting!("log_format" "FORMAT" = Value("text"), "How log lines are written to standard error: \"text\" or \"json\"",

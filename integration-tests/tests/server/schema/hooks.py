@@ -59,7 +59,7 @@ def name_of(value, body):
 
 # The document counts characters, and the node bytes. What has not too many of the first must not have too many of the second.
 # To JSON Schema 1e30 and its 31 digits are the same number. The node takes the first and refuses to round the second.
-LONGEST = {"id": 512, "type": 128, "key": 256, "reason": 1024, "by": 512, "source": 64}
+LONGEST = {"id": 512, "type": 128, "key": 256, "reason": 1024, "by": 512, "source": 64, "tag": 510}
 
 
 def shorten(value):
