@@ -51,7 +51,7 @@ pub struct Config {
 
 impl Config {
     /// All as in the product.
-    pub const PRODUCT: Config = Config { events: 500, safeguards: Safeguards::ALL, mutant: Mutant::None };
+    pub const PRODUCT: Config = Config { events: 1500, safeguards: Safeguards::ALL, mutant: Mutant::None };
 }
 
 /// A run in which everything held.
@@ -97,9 +97,7 @@ pub async fn run(config: Config, seed: u64, templates: &Templates) -> Result<Run
         disk.stop().await;
     }
     match outcome {
-        Ok(()) => {
-            Ok(Run { digest: sim.digest.finish(), events: sim.event, coverage: sim.around.coverage })
-        }
+        Ok(()) => Ok(Run { digest: sim.digest.finish(), events: sim.event, coverage: sim.around.coverage }),
         Err(what) => Err(Box::new(Failure { seed, event: sim.event, what, lines: sim.lines.into() })),
     }
 }
@@ -109,10 +107,14 @@ struct Rates {
     drop: usize,
     duplicate: usize,
     crash: usize,
+    crash_at_commit: usize,
     cut: usize,
     wipe: usize,
     late: usize,
     moves: usize,
+    commit: usize,
+    remind: usize,
+    abort: usize,
 }
 
 /// Something that may happen next, with its weight.
@@ -181,11 +183,15 @@ impl<'a> Sim<'a> {
         let rates = Rates {
             drop: rng.below(20),
             duplicate: rng.below(25),
-            crash: rng.below(25),
+            crash: 1 + rng.below(6),
+            crash_at_commit: rng.below(8),
             cut: rng.below(20),
             wipe: if rng.percent(40) { rng.below(8) } else { 0 },
-            late: if rng.percent(40) { 20 } else { 0 },
-            moves: 20 + rng.below(100),
+            late: if rng.percent(50) { 10 + rng.below(30) } else { 0 },
+            moves: 40 + rng.below(100),
+            commit: 100 + rng.below(250),
+            remind: 15 + rng.below(80),
+            abort: if rng.percent(40) { 4 + rng.below(20) } else { 2 },
         };
         let root = scratch();
         let slots: Vec<Slot> = (0..SLOTS).map(|s| slot_of(KIND, &entity(s * ENTITIES_OF_SLOT))).collect();
@@ -258,16 +264,16 @@ impl<'a> Sim<'a> {
         let is_mutant = self.config.mutant == Mutant::OlderFiles;
         let weights = [
             (Event::Deliver, 400),
-            (Event::Commit, 260),
-            (Event::Copy, 200),
-            (Event::Seal, 80),
+            (Event::Commit, self.rates.commit),
+            (Event::Copy, 260),
+            (Event::Seal, 120),
             (Event::Move, self.rates.moves),
-            (Event::Remind, 70),
-            (Event::Abort, 8),
-            (Event::Append, 60),
-            (Event::Again, 40),
+            (Event::Remind, self.rates.remind),
+            (Event::Abort, self.rates.abort),
+            (Event::Append, 40),
+            (Event::Again, 25),
             (Event::LateAppend, self.rates.late),
-            (Event::Read, 40),
+            (Event::Read, 25),
             (Event::Crash, self.rates.crash),
             (Event::Start, 60),
             (Event::Cut, self.rates.cut),
@@ -317,14 +323,18 @@ impl<'a> Sim<'a> {
             Event::Deliver => self.deliver_one().await,
             Event::Commit => {
                 if let Some((n, s)) = self.one(|disk, s| disk.places[s].pending.is_some()) {
-                    let is_looked_up = self.rng.percent(6);
-                    self.commit(n, s, is_looked_up).await;
+                    match self.rng.percent(self.rates.crash_at_commit) {
+                        true => self.crash(n).await,
+                        false => {
+                            let is_looked_up = self.rng.percent(6);
+                            self.commit(n, s, is_looked_up).await;
+                        }
+                    }
                 }
             }
             Event::Copy => {
-                let is_idle = |disk: &Disk, s: usize| {
-                    disk.places[s].copying.is_some() && disk.places[s].pending.is_none()
-                };
+                let is_idle =
+                    |disk: &Disk, s: usize| disk.places[s].copying.is_some() && disk.places[s].pending.is_none();
                 if let Some((n, s)) = self.one(is_idle) {
                     self.copy_on(n, s).await;
                 }
@@ -355,23 +365,35 @@ impl<'a> Sim<'a> {
             Event::Abort => {
                 let is_out =
                     |disk: &Disk, s: usize| disk.places[s].handoff.out.is_some() && disk.places[s].pending.is_none();
-                if let Some((n, s)) = self.one(is_out) {
+                // One that is prepared already leaves most behind.
+                let is_sealed = |disk: &Disk, s: usize| disk.places[s].is_sealed() && disk.places[s].pending.is_none();
+                if let Some((n, s)) = self.one(is_sealed).or_else(|| self.one(is_out)) {
                     self.note(format!("abort {n} slot {s}"));
                     self.disks[n].put(&mut self.around, s, Input::Abort);
                 }
             }
             Event::Append => {
                 let number = self.rng.below(SLOTS * ENTITIES_OF_SLOT);
-                self.requests.push(Request { entity: number, key: self.requests.len() as u64, acked_by: None });
-                self.request(self.requests.len() - 1, false).await?;
+                let which = self.new_request(number);
+                self.request(which, false).await?;
             }
             Event::Again if !self.requests.is_empty() => {
                 let which = self.rng.below(self.requests.len());
                 self.request(which, false).await?;
             }
             Event::LateAppend if !self.requests.is_empty() => {
-                let which = self.rng.below(self.requests.len());
-                self.request(which, true).await?;
+                let sealed = self.one(|disk, s| disk.places[s].is_sealed() && disk.places[s].pending.is_none());
+                match sealed.filter(|_| self.rng.percent(50)) {
+                    Some((n, s)) => {
+                        let number = s * ENTITIES_OF_SLOT + self.rng.below(ENTITIES_OF_SLOT);
+                        let which = self.new_request(number);
+                        self.request_at(which, n, true, true).await?;
+                    }
+                    None => {
+                        let which = self.rng.below(self.requests.len());
+                        self.request(which, true).await?;
+                    }
+                }
             }
             Event::Again | Event::LateAppend => {}
             Event::Read => {
@@ -379,7 +401,14 @@ impl<'a> Sim<'a> {
                 let entity = self.rng.below(SLOTS * ENTITIES_OF_SLOT);
                 self.read(n, entity).await?;
             }
-            Event::Crash => self.crash().await,
+            Event::Crash => {
+                // Where it hurts, mostly.
+                let hurts = |disk: &Disk, s: usize| disk.places[s].pending.is_some() || disk.places[s].is_sealed();
+                let chosen = if self.rng.percent(70) { self.one(hurts) } else { None };
+                if let Some((n, _)) = chosen.or_else(|| self.one(|_, _| true)) {
+                    self.crash(n).await;
+                }
+            }
             Event::Start => {
                 if let Some(n) = self.disks.iter().position(|disk| !disk.is_up()) {
                     self.note(format!("start {n}"));
@@ -488,7 +517,8 @@ impl<'a> Sim<'a> {
             matches!(body, Body::Message { envelope: Envelope { message: Message::Prepare { .. }, .. }, .. })
         };
         let is_question = |other: &&Packet| {
-            let is = matches!(other.body, Body::Message { envelope: Envelope { message: Message::Status { .. }, .. }, .. });
+            let is =
+                matches!(other.body, Body::Message { envelope: Envelope { message: Message::Status { .. }, .. }, .. });
             is && other.from == packet.to
         };
         match is_prepare(&packet.body) {
@@ -558,8 +588,7 @@ impl<'a> Sim<'a> {
     async fn seal(&mut self, n: usize, s: usize, has_append: bool) -> Result<(), String> {
         let in_flight = has_append.then(|| {
             let number = s * ENTITIES_OF_SLOT + self.rng.below(ENTITIES_OF_SLOT);
-            self.requests.push(Request { entity: number, key: self.requests.len() as u64, acked_by: None });
-            (entity(number), self.requests.len() as u64 - 1)
+            (entity(number), self.new_request(number) as u64)
         });
         let is_told = self.rng.percent(70);
         let key = in_flight.as_ref().map(|(_, key)| *key);
@@ -607,6 +636,13 @@ impl<'a> Sim<'a> {
             return Ok(());
         }
         self.oracle.told(request.entity, request.key, version)
+    }
+
+    /// A client has something to append. Its key is its number.
+    fn new_request(&mut self, entity: usize) -> usize {
+        let number = self.requests.len();
+        self.requests.push(Request { entity, key: number as u64, acked_by: None });
+        number
     }
 
     /// A client sends a request to some node; `is_late`: it has passed the gate already.
@@ -666,7 +702,9 @@ impl<'a> Sim<'a> {
                 let is_moving = matches!(
                     error,
                     AppendError::Unavailable(
-                        Unavailable::SlotMoves { .. } | Unavailable::SlotElsewhere { .. } | Unavailable::Interrupted { .. }
+                        Unavailable::SlotMoves { .. }
+                            | Unavailable::SlotElsewhere { .. }
+                            | Unavailable::Interrupted { .. }
                     )
                 );
                 self.around.coverage.appends_fenced += u64::from(is_fenced);
@@ -687,7 +725,9 @@ impl<'a> Sim<'a> {
         let handle = self.disks[n].kuma().raw(KIND, entity(number));
         let current = match handle.read().await {
             Ok((_, version)) => version.0,
-            Err(kuma_core::ReadError::Unavailable(Unavailable::SlotElsewhere { .. } | Unavailable::SlotMoves { .. })) => {
+            Err(kuma_core::ReadError::Unavailable(
+                Unavailable::SlotElsewhere { .. } | Unavailable::SlotMoves { .. },
+            )) => {
                 return Ok(false);
             }
             Err(error) => return Err(format!("entity {number} cannot be read at node {n}: {error}")),
@@ -702,7 +742,10 @@ impl<'a> Sim<'a> {
         self.around.coverage.reads += 1;
         self.note(format!("read {number} at {n}: {current} {found:?}"));
         if current != found.len() as u64 {
-            return Err(format!("entity {number} at node {n} is at {current} in memory, and has {} events", found.len()));
+            return Err(format!(
+                "entity {number} at node {n} is at {current} in memory, and has {} events",
+                found.len()
+            ));
         }
         match self.lost[number / ENTITIES_OF_SLOT] {
             true => Ok(true),
@@ -710,12 +753,7 @@ impl<'a> Sim<'a> {
         }
     }
 
-    async fn crash(&mut self) {
-        // Where it hurts, mostly.
-        let hurts = |disk: &Disk, s: usize| disk.places[s].pending.is_some() || disk.places[s].is_sealed();
-        let some = |disk: &Disk, _: usize| disk.is_up();
-        let chosen = if self.rng.percent(70) { self.one(hurts) } else { None };
-        let Some((n, _)) = chosen.or_else(|| self.one(some)) else { return };
+    async fn crash(&mut self, n: usize) {
         let rng = &mut self.rng;
         self.disks[n].crash(&mut self.around, || rng.percent(50)).await;
         self.note(format!("crash {n}"));
@@ -837,7 +875,10 @@ impl<'a> Sim<'a> {
                 );
             }
         }
-        Err(format!("nothing goes wrong any more, and it does not settle (targets {targets:?}, lost {:?}){stuck}", self.lost))
+        Err(format!(
+            "nothing goes wrong any more, and it does not settle (targets {targets:?}, lost {:?}){stuck}",
+            self.lost
+        ))
     }
 
     async fn calm_slot(&mut self, round: u32, n: usize, s: usize, target: usize) -> Result<(), String> {
@@ -888,9 +929,8 @@ impl<'a> Sim<'a> {
 
     /// Everything that was asked is there once, in its order, at one node; and all files are as they should be.
     async fn judge(&mut self) -> Result<(), String> {
-        let owner = |disks: &[Disk], s: usize| {
-            disks.iter().position(|disk| disk.places[s].handoff.record.owned().is_some())
-        };
+        let owner =
+            |disks: &[Disk], s: usize| disks.iter().position(|disk| disk.places[s].handoff.record.owned().is_some());
         for which in 0..self.requests.len() {
             let s = self.requests[which].entity / ENTITIES_OF_SLOT;
             let Some(n) = owner(&self.disks, s).filter(|_| !self.lost[s]) else { continue };

@@ -1,6 +1,10 @@
 //! Stores to begin with: making one takes longer than copying it.
 
-use std::{fs, path::{Path, PathBuf}, time::Duration};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use kuma_core::{Kuma, Options, Seat};
 use tempfile::TempDir;
