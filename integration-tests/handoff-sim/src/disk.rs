@@ -55,6 +55,13 @@ pub(crate) struct Copying {
     has_rest: bool,
 }
 
+impl Copying {
+    /// Whether a piece is on its way that was not answered.
+    pub(crate) fn is_waiting(&self) -> bool {
+        self.waited_for.is_some()
+    }
+}
+
 /// A slot on one disk.
 pub(crate) struct Place {
     pub(crate) slot: Slot,

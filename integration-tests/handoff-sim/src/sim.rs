@@ -333,8 +333,12 @@ impl<'a> Sim<'a> {
                 }
             }
             Event::Copy => {
-                let is_idle =
-                    |disk: &Disk, s: usize| disk.places[s].copying.is_some() && disk.places[s].pending.is_none();
+                // A piece that was not answered is seldom sent again, so that the others get somewhere.
+                let is_again = self.rng.percent(12);
+                let is_idle = |disk: &Disk, s: usize| {
+                    let copying = disk.places[s].copying.as_ref();
+                    copying.is_some_and(|copying| is_again || !copying.is_waiting()) && disk.places[s].pending.is_none()
+                };
                 if let Some((n, s)) = self.one(is_idle) {
                     self.copy_on(n, s).await;
                 }
@@ -678,7 +682,9 @@ impl<'a> Sim<'a> {
             Ok(appended) => {
                 let version = appended.version.0;
                 self.note(format!("append {key} to {number} at {n}: {version}, repeated {}", appended.repeated));
-                if self.disks[n].places[s].handoff.record.owned().is_none() {
+                // That it was done before is true whoever says so; a gate keeps such a request out.
+                let is_owned = self.disks[n].places[s].handoff.record.owned().is_some();
+                if !is_owned && (!appended.repeated || !is_late) {
                     return Err(format!("node {n} acknowledged an append to slot {s}, which it does not own (I1)"));
                 }
                 let coverage = &mut self.around.coverage;
