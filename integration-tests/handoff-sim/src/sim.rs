@@ -115,6 +115,7 @@ struct Rates {
     commit: usize,
     remind: usize,
     abort: usize,
+    hint: usize,
 }
 
 /// Something that may happen next, with its weight.
@@ -190,7 +191,8 @@ impl<'a> Sim<'a> {
             late: if rng.percent(50) { 10 + rng.below(30) } else { 0 },
             moves: 40 + rng.below(100),
             commit: 100 + rng.below(250),
-            remind: 15 + rng.below(80),
+            remind: 5 + rng.below(80),
+            hint: if rng.percent(40) { rng.below(30) } else { 1 },
             abort: if rng.percent(40) { 4 + rng.below(20) } else { 2 },
         };
         let root = scratch();
@@ -281,7 +283,7 @@ impl<'a> Sim<'a> {
             (Event::Wipe, self.rates.wipe),
             (Event::Join, 40),
             (Event::Collect, 10),
-            (Event::Hint, 20),
+            (Event::Hint, self.rates.hint),
             (Event::KeepOlder, if is_mutant { 10 } else { 0 }),
             (Event::GoBack, if is_mutant { 10 } else { 0 }),
         ];
@@ -351,7 +353,10 @@ impl<'a> Sim<'a> {
             }
             Event::Move => {
                 if let Some((n, s)) = self.one(|disk, s| disk.places[s].handoff.record.owned().is_some()) {
-                    let to = self.rng.below(self.disks.len());
+                    // Where a copy of an earlier attempt is left, some of the time.
+                    let is_left = |disk: &Disk| disk.node != n && disk.places[s].handoff.record.staged.is_some();
+                    let left = self.disks.iter().position(is_left).filter(|_| self.rng.percent(40));
+                    let to = left.unwrap_or_else(|| self.rng.below(self.disks.len()));
                     self.start_move(n, s, to);
                 }
             }
@@ -773,7 +778,7 @@ impl<'a> Sim<'a> {
         }
         let id = self.disks[n].id;
         let has_say: Vec<bool> = (0..SLOTS).map(|s| self.has_say(id, s)).collect();
-        if has_say.contains(&true) && !self.rng.percent(10) {
+        if has_say.contains(&true) && !self.rng.percent(25) {
             return;
         }
         for (s, has_say) in has_say.into_iter().enumerate() {
