@@ -10,7 +10,7 @@ use std::{
 use cargo_metadata::{Metadata, MetadataCommand, Package};
 
 /// Which crates of the workspace each crate may use. What is not here may use none.
-const ARROWS: [(&str, &[&str]); 7] = [
+const ARROWS: [(&str, &[&str]); 8] = [
     ("kuma-core", &["kuma-crypto", "kuma-shard"]),
     ("kuma-cluster", &["kuma-core"]),
     ("kuma-node", &["kuma-cluster", "kuma-core"]),
@@ -18,6 +18,7 @@ const ARROWS: [(&str, &[&str]); 7] = [
     ("integration-tests", &["kuma-crypto", "kuma-shard", "kuma-core", "kuma-cluster", "kuma-node", "power-loss"]),
     ("power-loss", &[]),
     ("handoff-model", &["kuma-core", "kuma-cluster"]),
+    ("handoff-sim", &["kuma-core", "kuma-cluster"]),
 ];
 
 /// Crates from outside that belong to certain crates alone.

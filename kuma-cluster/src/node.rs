@@ -833,7 +833,7 @@ async fn serve(shared: &Arc<Shared>, from: DiskId, kind: u8, body: &[u8]) -> Opt
         }
         kind::OWNS => {
             for (slot, epoch) in wire::decode::<Vec<(Slot, Epoch)>>(body)? {
-                shared.routes.note(slot, epoch, from);
+                shared.hear_owner(slot, epoch, from).await;
             }
             nothing
         }

@@ -13,7 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use kuma_core::{DiskId, Epoch, Kuma, Slot, SlotError, Slots};
+use kuma_core::{DiskId, Epoch, Kuma, Slot, SlotError, Slots, Token};
 use parking_lot::{Mutex, RwLock};
 use ractor::{Actor, ActorRef};
 use serde::{Deserialize, Serialize};
@@ -23,6 +23,7 @@ use crate::{
     commands::Commands,
     disks::Disks,
     feed::{ClusterEvent, Feed},
+    handoff::{Envelope, Message},
     members::{Member, Members, NodeId},
     observe::{Ages, ClusterMetrics},
     owner::Answer,
@@ -244,11 +245,27 @@ impl Shared {
         self.cast_all(kind::GOSSIP, &self.gossip());
     }
 
+    /// Another disk says that it owns a slot. What is prepared here for that epoch or an earlier one is dead then, and what was granted was taken: the
+    /// disk that would say so may be gone for ever, and until it does requests are not sent on to the owner.
+    pub(crate) async fn hear_owner(self: &Arc<Self>, slot: Slot, epoch: Epoch, from: DiskId) {
+        self.routes.note(slot, epoch, from);
+        let Some(record) = self.slots.record(slot) else { return };
+        let is_dead = record.staged.is_some_and(|staged| epoch >= staged.epoch);
+        let is_taken = matches!(record.token, Token::Released { epoch: mine, is_taken: false, .. } if epoch >= mine);
+        if (is_dead || is_taken)
+            && let Some(actor) = self.slot_actor(slot).await
+        {
+            let envelope = Envelope { from, to: self.own, message: Message::OwnerIs { epoch } };
+            // It is told again with the next gossip.
+            let _ = actor.cast(SlotMessage::Peer(envelope));
+        }
+    }
+
     /// Takes in what another node knows.
-    pub(crate) async fn learn(&self, from: DiskId, gossip: Gossip) {
+    pub(crate) async fn learn(self: &Arc<Self>, from: DiskId, gossip: Gossip) {
         let Gossip { members, disks, has_passed, owns } = gossip;
         for (slot, epoch) in owns {
-            self.routes.note(slot, epoch, from);
+            self.hear_owner(slot, epoch, from).await;
         }
         let is_news = has_passed && self.passed_peers.lock().insert(from);
         let merged = self
