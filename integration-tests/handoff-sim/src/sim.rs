@@ -259,7 +259,25 @@ impl<'a> Sim<'a> {
         if let Some(alarm) = self.around.alarm.take() {
             return Err(alarm);
         }
+        for s in 0..SLOTS {
+            if !self.lost[s] && self.is_released_to_nobody(s) {
+                self.lost[s] = true;
+                self.around.coverage.slots_lost += 1;
+                self.note(format!("slot {s} was released to a disk that is gone"));
+            }
+        }
         self.oracle.check(&self.disks, &self.lost)
+    }
+
+    /// A giver that has not heard yet that its target is gone may decide for it: what it keeps then is the only copy, and it takes a vote to use it.
+    fn is_released_to_nobody(&self, s: usize) -> bool {
+        let is_gone = |disk: &Disk| match disk.places[s].handoff.record.token {
+            Token::Released { to, is_taken: false, .. } => {
+                self.disks.iter().all(|other| other.id != to) && self.ids.iter().flatten().any(|id| *id == to)
+            }
+            _ => false,
+        };
+        self.disks.iter().any(is_gone) && !self.disks.iter().any(|disk| self.has_say(disk.id, s))
     }
 
     fn choose(&mut self) -> Event {
@@ -855,8 +873,8 @@ impl<'a> Sim<'a> {
                 if round % 4 == 0 {
                     self.ask_to_join(n);
                 }
-                for s in 0..SLOTS {
-                    self.calm_slot(round, n, s, targets[s]).await?;
+                for (s, target) in targets.iter().enumerate() {
+                    self.calm_slot(round, n, s, *target).await?;
                     self.check()?;
                 }
             }
