@@ -97,7 +97,7 @@ impl Process {
             while let Ok(Some(line)) = lines.next_line().await {
                 match serde_json::from_str(&line).unwrap() {
                     Said::Up { address } => hears.send_modify(|heard| heard.address = Some(address)),
-                    Said::At { place } => hears.send_modify(|heard| _ = heard.places.insert(place)),
+                    Said::At { place } => hears.send_modify(|heard| heard.places.extend([place])),
                     Said::Answer { number, answer } => {
                         if let Some(asked) = answered.lock().remove(&number) {
                             let _ = asked.send(answer);
@@ -460,7 +460,7 @@ async fn write(client: u64, cluster: Arc<Cluster>, told: Arc<Told>, seed: u64) {
     };
     for next in 0.. {
         let (_, log) = any(&cluster);
-        let log = if client % 2 == 0 { told.favourite.load(SeqCst) } else { log };
+        let log = if client.is_multiple_of(2) { told.favourite.load(SeqCst) } else { log };
         let number = client << 32 | next;
         let mut is_done = false;
         // The same number again, wherever, until somebody has it.
