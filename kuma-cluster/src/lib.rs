@@ -31,6 +31,8 @@ pub mod ring;
 pub mod routes;
 mod shared;
 mod slot_actor;
+pub mod slot_checkpoint;
+pub mod subscribe;
 #[doc(hidden)]
 pub mod testing;
 pub mod transport;
@@ -48,3 +50,5 @@ pub use members::{JoinRefused, Member, Members, NodeId, Standing};
 pub use node::{MemberStatus, Node, NodeError, NodeOptions, SlotStatus};
 pub use ring::{Move, Ring};
 pub use shared::{MoveProgress, MoveTotals};
+pub use slot_checkpoint::{SlotCheckpoint, SlotCheckpointError};
+pub use subscribe::{HeldBack, SourceStatus, StartAt, SubscribeError, Subscription};

@@ -106,7 +106,12 @@ pub(crate) struct Shared {
     /// Since when peers are not reached.
     pub(crate) down: Mutex<HashMap<DiskId, Instant>>,
     pub(crate) is_closing: AtomicBool,
+    /// Leave to read logs for a subscription, of this node or another one: what is read is in memory.
+    pub(crate) feeding: Semaphore,
 }
+
+/// Subscriptions that are read for at once.
+const FEEDING_MAX: usize = 4;
 
 /// Slots of a node that are sealed at once. Each waits for a few commits on both nodes; more of them wait for each other's.
 const SEALED_MAX: usize = 2;
@@ -140,6 +145,7 @@ impl Shared {
             passed_peers: Mutex::default(),
             down: Mutex::default(),
             is_closing: AtomicBool::new(false),
+            feeding: Semaphore::new(FEEDING_MAX),
         }
     }
 

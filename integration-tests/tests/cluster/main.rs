@@ -8,3 +8,4 @@ mod erase;
 mod faults;
 mod members;
 mod slots;
+mod subscribe;
