@@ -109,7 +109,7 @@ fn named(node: &Option<String>) -> String {
 pub struct SourceStatus {
     /// What people call it.
     pub node: String,
-    /// Commits in its files that it has not been asked for yet, wanted or not.
+    /// Commits in its files that it was not asked for yet, wanted or not, when it answered last. Of a slow subscriber that may be a while ago.
     pub behind: u64,
     /// Why it cannot be read for now, and since when.
     pub trouble: Option<(String, Instant)>,

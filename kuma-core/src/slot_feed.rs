@@ -32,7 +32,7 @@ use crate::{
 };
 
 /// An answer ends with the event that makes it so large.
-const ANSWER_BYTES: usize = 256 << 10;
+const ANSWER_BYTES: usize = 512 << 10;
 /// And with the page that makes it so many rows, wanted or not.
 const ANSWER_ROWS: usize = 8192;
 /// What a commit has beside its events, and an event beside its data.
