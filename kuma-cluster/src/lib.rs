@@ -38,6 +38,8 @@ pub mod ring;
 pub mod routes;
 mod shared;
 mod slot_actor;
+pub mod slot_checkpoint;
+pub mod subscribe;
 #[doc(hidden)]
 pub mod testing;
 pub mod transport;
@@ -60,3 +62,5 @@ pub use owner::{Answer, Answered, AskError, Asked, OwnerAnswer, Repeat};
 pub use plan::{NodeShare, RebalancePlan};
 pub use ring::{Move, Ring};
 pub use shared::{MoveProgress, MoveTotals};
+pub use slot_checkpoint::{SlotCheckpoint, SlotCheckpointError};
+pub use subscribe::{HeldBack, SourceStatus, StartAt, SubscribeError, Subscription};

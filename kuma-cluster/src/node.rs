@@ -18,7 +18,9 @@ use std::{
 };
 
 use futures_util::future::BoxFuture;
-use kuma_core::{Command, DiskId, Entity, Epoch, Gate, Kuma, Options, Seat, Slot, SlotError, StartError, Token};
+use kuma_core::{
+    Command, DiskId, Entity, Epoch, Filter, Gate, Kuma, Options, Seat, Slot, SlotError, StartError, Token,
+};
 use ractor::Actor;
 use serde::{Serialize, de::DeserializeOwned};
 
@@ -40,6 +42,8 @@ use crate::{
     requests,
     shared::{ClusterState, MoveProgress, MoveTotals, STATE_FORMAT, Shared},
     slot_actor::SlotMessage,
+    slot_checkpoint::SlotCheckpoint,
+    subscribe::{self, StartAt, SubscribeError, Subscription},
     transport::{Serve, Transport},
     wire::{self, ChunkFrame, ChunkReply, Gossip, HandoffFrame, Hello, JoinReply, JoinRequest, Welcome, kind},
 };
@@ -531,6 +535,29 @@ impl Node {
         RawHandle::new(self.shared.clone(), kind, id.as_ref(), here)
     }
 
+    /// Subscribes to the events of all slots of all nodes that match `filter`, wherever the slots go.
+    ///
+    /// Each slot's commits come in the order of their seqs, without a gap. A slot whose owner is out of reach waits for it, see
+    /// [`Subscription::held_back`]; the others go on.
+    ///
+    /// # Errors
+    /// The checkpoint is of another cluster; or, from [`StartAt::Now`] on, the owner of a slot is out of reach, so that where its log ends is not known.
+    pub async fn subscribe(&self, filter: Filter, start: StartAt) -> Result<Subscription, SubscribeError> {
+        Subscription::open(&self.shared, filter, start).await
+    }
+
+    /// Goes on behind what was handed out when this checkpoint was taken, at whichever node of the cluster.
+    ///
+    /// # Errors
+    /// The checkpoint is of another cluster.
+    pub async fn subscribe_from(
+        &self,
+        filter: Filter,
+        checkpoint: SlotCheckpoint,
+    ) -> Result<Subscription, SubscribeError> {
+        self.subscribe(filter, StartAt::Checkpoint(checkpoint)).await
+    }
+
     /// The node's own store: what it owns, and nothing else.
     pub fn store(&self) -> &Kuma {
         &self.shared.kuma
@@ -898,6 +925,8 @@ async fn serve(shared: &Arc<Shared>, from: DiskId, kind: u8, body: &[u8]) -> Opt
             }
             nothing
         }
+        kind::FEED => Some(wire::encode(&subscribe::serve(shared, wire::decode(body)?).await)),
+        kind::ENDS => Some(wire::encode(&subscribe::ends(shared))),
         kind::JOIN => Some(wire::encode(&admit(shared, from, wire::decode(body)?).await)),
         _ => None,
     }

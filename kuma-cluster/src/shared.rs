@@ -120,7 +120,12 @@ pub(crate) struct Shared {
     pub(crate) feed: Feed,
     pub(crate) metrics: ClusterMetrics,
     pub(crate) ages: Mutex<Ages>,
+    /// Leave to read logs for a subscription, of this node or another one: what is read is in memory.
+    pub(crate) feeding: Semaphore,
 }
+
+/// Subscriptions that are read for at once.
+const FEEDING_MAX: usize = 4;
 
 /// Slots of a node that are sealed at once. Each waits for a few commits on both nodes; more of them would wait for each other's.
 const SEALED_MAX: usize = 1;
@@ -170,6 +175,7 @@ impl Shared {
             feed: Feed::new(),
             metrics,
             ages: Mutex::default(),
+            feeding: Semaphore::new(FEEDING_MAX),
         }
     }
 

@@ -2,7 +2,9 @@
 //!
 //! Bytes from another node are never trusted to be well-formed: what cannot be read is answered by "not known", and dropped.
 
-use kuma_core::{DiskId, Epoch, ErasedLife, Metadata, NewEvent, Reason, Slot, SlotChunk, TransferId, Version};
+use kuma_core::{
+    DiskId, Epoch, ErasedLife, FeedAnswer, FeedAsk, Metadata, NewEvent, Reason, Slot, SlotChunk, TransferId, Version,
+};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::{
@@ -37,6 +39,10 @@ pub mod kind {
     pub const ASK: u8 = 32;
     /// What should be elsewhere is to be moved now.
     pub const HURRY: u8 = 33;
+    /// What comes next in the logs of a node's slots.
+    pub const FEED: u8 = 11;
+    /// How far the logs of a node's slots go.
+    pub const ENDS: u8 = 12;
 }
 
 /// What each side says first.
@@ -112,6 +118,24 @@ pub struct ShredFrame {
 pub struct ShredReply {
     /// The names of the keys, with the receipts of erasures that had been finished before.
     pub done: Vec<([u8; 16], Option<String>)>,
+}
+
+/// Asks for what comes next in the logs of a node's slots.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct FeedFrame {
+    /// What is asked.
+    pub ask: FeedAsk,
+    /// If there is nothing, how long to wait for something. Milliseconds.
+    pub wait_ms: u64,
+}
+
+/// What there is.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum FeedReply {
+    /// This.
+    Answer(FeedAnswer),
+    /// The node does not serve yet.
+    NotReady,
 }
 
 /// What a new node is told.

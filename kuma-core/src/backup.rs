@@ -23,7 +23,7 @@ use std::{
 };
 
 use kuma_shard::{
-    CommitError, CopyError, DiskId, KeysBackup, KeysContents, ShardBackup, ShardCopied, ShardRead, Slot,
+    CommitError, CopyError, DiskId, KeysBackup, KeysContents, SLOTS, ShardBackup, ShardCopied, ShardRead, Slot,
     create_directory, sync_directory,
 };
 
@@ -57,6 +57,14 @@ pub enum BackupError {
         shard: u16,
         /// Why.
         why: String,
+    },
+    /// The store is a node's, which has some of the cluster's slots only.
+    #[error(
+        "this node owns {owned} of {SLOTS} slots, so that a backup of it would be a part of the store that looks like all of it; export every node instead (export_all), as operations.md says"
+    )]
+    PartOfACluster {
+        /// How many it owns.
+        owned: usize,
     },
     /// Another backup is being made into this directory.
     #[error("another backup into {path} is on its way; wait for it, or choose another directory")]
@@ -324,6 +332,10 @@ impl Backup {
     /// Cancel safe: what could be restored before still can.
     pub async fn run(self, mut progress: impl FnMut(&BackupProgress) + Send) -> Result<BackupReport, BackupError> {
         let Backup { kuma, directory, verify } = self;
+        let owned = kuma.slots().owned().len();
+        if kuma.inner.is_clustered() && owned < usize::from(SLOTS) {
+            return Err(BackupError::PartOfACluster { owned });
+        }
         let _place = Place::take::<EventsManifest>(&kuma, &directory)?;
         let at_us = kuma.inner.now_us();
         let mut shards: Vec<Arc<ShardCore>> = Vec::new();

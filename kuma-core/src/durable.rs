@@ -286,6 +286,9 @@ impl OpenDurable {
         if !is_name(&name) {
             return Err(DurableError::Name { name });
         }
+        if inner.is_clustered() {
+            return Err(SubscribeError::Clustered.into());
+        }
         let durables = inner.durables();
         let shared = match durables.shared(&inner, &name).await? {
             Some(shared) => shared,

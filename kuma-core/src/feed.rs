@@ -22,6 +22,7 @@ use std::{
 
 use kuma_crypto::KeyId;
 use kuma_shard::{EntityHash, EntityRow, Epoch, LogReader, LogRow, ReadRow, Slot};
+use serde::{Deserialize, Serialize};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::{
@@ -48,7 +49,7 @@ pub(crate) struct FeedPage {
     pub(crate) last: u64,
     /// What is wanted of it.
     pub(crate) items: Vec<FeedItem>,
-    /// The place of each of its commits, wanted or not, in its slot's log.
+    /// The place of each of its commits, wanted or not, in its slot's log; not of those that were given away with their slot.
     pub(crate) places: Vec<SlotPlace>,
     /// As of which nothing in it is erased.
     generation: u64,
@@ -88,7 +89,7 @@ pub(crate) struct FeedCommit {
 }
 
 /// A commit that cannot be read: it is damaged, its key is missing, or an upcaster fails on it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Unreadable {
     /// The shard.
     pub shard: u16,
@@ -193,7 +194,8 @@ pub(crate) async fn read_one(
     Ok(page.items.into_iter().next())
 }
 
-struct Feed {
+/// Reads pages of one shard's log.
+pub(crate) struct Feed {
     core: Arc<ShardCore>,
     from: FeedFrom,
     reader: LogReader,
@@ -216,12 +218,12 @@ enum Life {
 }
 
 impl Feed {
-    fn new(core: Arc<ShardCore>, from: FeedFrom) -> Self {
+    pub(crate) fn new(core: Arc<ShardCore>, from: FeedFrom) -> Self {
         let reader = LogReader::new(core.shard.clone());
         Feed { core, from, reader, lives: HashMap::new(), generation: 0, kinds: HashMap::new() }
     }
 
-    async fn page(
+    pub(crate) async fn page(
         &mut self,
         inner: &Inner,
         after: u64,
@@ -249,6 +251,10 @@ impl Feed {
         };
         self.learn(read.rows.iter().filter(wanted).map(|read| read.entity.clone()).collect()).await?;
         for ReadRow { entity, row } in read.rows {
+            // What was given away with its slot is at the node that owns it now.
+            if entity.is_departed() {
+                continue;
+            }
             page.places.push(SlotPlace { position: row.position, slot: row.slot, seq: row.seq, epoch: row.epoch });
             if row.is_stub() || entity.erased_at_us.is_some() || row.at_us < self.from.since_us {
                 continue;

@@ -47,6 +47,14 @@ use crate::{
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ProjectionError {
+    /// The store is a node's, which has some of the cluster's slots, and others tomorrow.
+    #[error(
+        "projection {name}: this store is a node of a cluster and has a part of its events only; keep a read model of your own, fed by Node::subscribe"
+    )]
+    Clustered {
+        /// The projection.
+        name: String,
+    },
     /// Its definition cannot be used.
     #[error("projection {name}: {reason}")]
     Definition {
@@ -222,6 +230,9 @@ impl Kuma {
         let inner = &self.inner;
         if inner.is_closing() {
             return Err(ProjectionError::ShuttingDown);
+        }
+        if inner.is_clustered() {
+            return Err(ProjectionError::Clustered { name });
         }
         let projections = inner.projections();
         let _one_at_a_time = projections.registering.lock().await;

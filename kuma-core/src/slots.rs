@@ -28,7 +28,12 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{Mutex, MutexGuard, oneshot};
 
 use crate::{
-    Kuma, ToldReceipt, VaultError, elsewhere::ErasedLife, gates::Gate, shard_core::ShardCore, store::Inner,
+    Kuma, ToldReceipt, VaultError,
+    elsewhere::ErasedLife,
+    gates::Gate,
+    shard_core::ShardCore,
+    slot_snapshots::{self, SlotSnapshot},
+    store::Inner,
     supervisor::SupervisorMessage,
 };
 
@@ -124,6 +129,9 @@ pub struct SlotChunk {
     /// Those of them that are erased, with their receipts if they have any.
     #[serde(default)]
     pub erased: Vec<(ErasedLife, Option<String>)>,
+    /// Snapshots of those that have one. The receiver may have no use for them.
+    #[serde(default)]
+    pub snapshots: Vec<SlotSnapshot>,
 }
 
 impl SlotChunk {
@@ -260,7 +268,12 @@ impl Slots {
     /// Not cancel safe: if the future is dropped the outcome is unknown.
     pub async fn change(&self, slot: Slot, txn: Txn) -> Result<(), SlotError> {
         let core = self.core(slot)?;
-        core.shard.change_slot(slot, txn, self.inner.now_us()).await.map_err(|cause| SlotError::Commit { slot, cause })
+        let changed = core.shard.change_slot(slot, txn, self.inner.now_us()).await;
+        changed.map_err(|cause| SlotError::Commit { slot, cause })?;
+        if let Txn::Take { transfer, .. } = txn {
+            self.inner.arrivals().unpack(core, slot, transfer);
+        }
+        Ok(())
     }
 
     /// Stops what the slot is at: nothing more is let in, actors finish what they were asked and go, and what they submitted is settled. What the
@@ -323,6 +336,7 @@ impl Slots {
             .collect();
         let vault = self.inner.vault();
         vault.install(&keys).await.map_err(|cause| SlotError::Keys { slot, cause })?;
+        self.inner.arrivals().keep(transfer, chunk.snapshots);
         let kept = core.shard.receive(slot, transfer, chunk.rows).await;
         kept.map_err(|cause| SlotError::Commit { slot, cause })
     }
@@ -369,6 +383,7 @@ impl Slots {
     /// Some of it is still there; do it again. It is refused while it is staged.
     pub async fn drop_transfer(&self, slot: Slot, transfer: TransferId) -> Result<(), SlotError> {
         let core = self.core(slot)?;
+        self.inner.arrivals().forget(transfer);
         let _locked = self.inner.key_locks().of(slot).lock().await;
         let keys = core.shard.incoming_keys(transfer).await.map_err(|cause| SlotError::Read { slot, cause })?;
         core.shard.drop_transfer(slot, transfer).await.map_err(|cause| SlotError::Commit { slot, cause })?;
@@ -526,7 +541,8 @@ impl SlotCopy {
         let gone = rows.entities.iter().filter(|entity| entity.erased_at_us.is_some());
         let erased = erased(&self.node, gone.map(|entity| entity.key_id).collect()).await;
         let erased = erased.map_err(|detail| SlotError::Node { detail })?;
-        Ok(SlotChunk { rows, keys, erased })
+        let snapshots = slot_snapshots::of(&self.core, &rows.entities).await;
+        Ok(SlotChunk { rows, keys, erased, snapshots })
     }
 }
 

@@ -35,6 +35,7 @@ use crate::{
     scan::FileReader,
     scrub::{NextPage, Scrub, ScrubArguments, ScrubStats},
     shard_core::{Entry, Erasing, Fate, Settings, ShardCore, StoreParts},
+    slot_snapshots::Arrivals,
     slots::KeyLocks,
     snapshotter::Snapshotter,
     supervisor::SupervisorMessage,
@@ -83,6 +84,8 @@ struct Parts {
     projections: Projections,
     durables: DurableSubscriptions,
     key_locks: KeyLocks,
+    /// Snapshots that came ahead of their slots.
+    arrivals: Arrivals,
     /// Whether the store is of a cluster.
     is_clustered: bool,
     /// Absent until it takes part.
@@ -208,6 +211,7 @@ impl Kuma {
             projections: Projections::default(),
             durables: DurableSubscriptions::default(),
             key_locks: KeyLocks::new(),
+            arrivals: Arrivals::default(),
             is_clustered: options.seat.is_some(),
             others: OnceLock::new(),
         };
@@ -681,6 +685,10 @@ impl Inner {
 
     pub(crate) fn gates(&self) -> &SlotGates {
         &self.parts.common.gates
+    }
+
+    pub(crate) fn arrivals(&self) -> &Arrivals {
+        &self.parts.arrivals
     }
 
     pub(crate) fn key_locks(&self) -> &KeyLocks {

@@ -106,6 +106,11 @@ pub enum SubscribeError {
     /// What the node knows of erasures cannot be read.
     #[error("erasures cannot be read: {0}; ask for the next one again")]
     Erasures(#[source] kuma_shard::ReadError),
+    /// The store is a node's, which has some of the cluster's slots, and others tomorrow.
+    #[error(
+        "this store is a node of a cluster and has a part of its events only; subscribe to all of them with Node::subscribe"
+    )]
+    Clustered,
     /// The store is shutting down.
     #[error("the store is shutting down")]
     ShuttingDown,
@@ -170,12 +175,15 @@ impl Subscribe {
     /// Begins.
     ///
     /// # Errors
-    /// The checkpoint does not fit, or a shard is out of use.
+    /// The checkpoint does not fit, a shard is out of use, or the store is a node's.
     pub async fn open(self) -> Result<Subscription, SubscribeError> {
         let Subscribe { kuma, filter, start } = self;
         let inner = &kuma.inner;
         if inner.is_closing() {
             return Err(SubscribeError::ShuttingDown);
+        }
+        if inner.is_clustered() {
+            return Err(SubscribeError::Clustered);
         }
         let ends = kuma.log_ends()?;
         // Before anything is read: what is erased from here on is told.
@@ -483,7 +491,7 @@ impl Subscription {
 }
 
 /// What a tombstone says to subscribers.
-async fn erased(inner: &Inner, number: i64, tombstone: &Tombstone) -> Result<Erased, SubscribeError> {
+pub(crate) async fn erased(inner: &Inner, number: i64, tombstone: &Tombstone) -> Result<Erased, SubscribeError> {
     let Tombstone { key_id, id_hash, slot, receipt_id, .. } = *tombstone;
     let life = match inner.core_of_slot(slot) {
         Some(core) => {

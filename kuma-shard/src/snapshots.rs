@@ -6,7 +6,7 @@
 //! - The newest one stays. One of another schema replaces it whatever its version: the state of a former shape is of no use.
 //! - A new one is a new row at the end; that of the one before is emptied where it stands (see `schema.rs`).
 
-use sqlx::{Row, SqliteConnection};
+use sqlx::{Row, SqliteConnection, sqlite::SqliteRow};
 
 use crate::{OnSettled, ReadError, Shard, log_entry::LogEntry};
 
@@ -41,6 +41,42 @@ impl Shard {
             Ok(SnapshotRow { eid, version: number("version")?, schema: number("schema")?, body: row.try_get("body")? })
         };
         read().map(Some).map_err(|error| self.read_error(error))
+    }
+
+    /// The snapshots of those of these entities that have one of at most so many bytes, until they make `bytes_max` together. As
+    /// [`Shard::find_snapshot`].
+    ///
+    /// # Errors
+    /// The file cannot be read.
+    pub async fn snapshots_of(&self, eids: &[i64], bytes_max: usize) -> Result<Vec<SnapshotRow>, ReadError> {
+        self.check_readable()?;
+        let json = |eids: &[i64]| {
+            let eids: Vec<String> = eids.iter().map(i64::to_string).collect();
+            format!("[{}]", eids.join(","))
+        };
+        // Lengths first: to look at one SQLite does not read the body.
+        let lengths = "SELECT eid, length(body) FROM snapshot WHERE eid IN (SELECT value FROM json_each(?)) ORDER BY length(body)";
+        let lengths = sqlx::query(lengths).bind(json(eids)).fetch_all(self.feeders()).await;
+        let (mut wanted, mut bytes) = (Vec::new(), 0);
+        for row in lengths.map_err(|error| self.read_error(error))? {
+            let length: i64 = row.try_get(1).map_err(|error| self.read_error(error))?;
+            bytes += length.cast_unsigned() as usize;
+            if bytes > bytes_max {
+                break;
+            }
+            wanted.push(row.try_get(0).map_err(|error| self.read_error(error))?);
+        }
+        if wanted.is_empty() {
+            return Ok(Vec::new());
+        }
+        let rows = "SELECT eid, version, schema, body FROM snapshot WHERE eid IN (SELECT value FROM json_each(?))";
+        let rows = sqlx::query(rows).bind(json(&wanted)).fetch_all(self.feeders()).await;
+        let read = |row: &SqliteRow| -> sqlx::Result<SnapshotRow> {
+            let number = |name| row.try_get::<i64, _>(name).map(i64::cast_unsigned);
+            let (eid, body) = (row.try_get("eid")?, row.try_get("body")?);
+            Ok(SnapshotRow { eid, version: number("version")?, schema: number("schema")?, body })
+        };
+        rows.and_then(|rows| rows.iter().map(read).collect()).map_err(|error| self.read_error(error))
     }
 
     /// Hands `snapshot`, which is of a durable state, to the writer; it is written with the commits that it gathers with.

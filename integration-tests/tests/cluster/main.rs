@@ -14,4 +14,5 @@ mod operate;
 mod processes;
 mod slots;
 mod strangers;
+mod subscribe;
 mod unreachable;

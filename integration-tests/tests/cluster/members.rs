@@ -164,6 +164,78 @@ async fn nodes_join_and_any_of_them_serves_everything() {
     }
 }
 
+/// The keys of requests travel with the slot.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_retry_after_a_move_is_answered_as_repeated_at_whichever_node() {
+    let (one, two) = (directory(), directory());
+    let hub = Hub::new();
+    let first = node(hub.node(one.path()), "one", &[]).await;
+    let accounts = 0..40;
+    for number in accounts.clone() {
+        let account = first.entity::<Account>(id(number));
+        account.append(AccountEvent::Deposited { amount: 10, number }).idempotency_key("deposit").await.unwrap();
+        let withdrawn = account.execute(Withdraw { amount: 3 }).idempotency_key("withdraw").await.unwrap();
+        assert_eq!((withdrawn.version, withdrawn.is_repeated), (Version(2), false));
+    }
+    let second = node(hub.node(two.path()), "two", &[&first]).await;
+    settled(&[&first, &second]).await;
+    assert!(second.owned() > 1000);
+    for node in [&first, &second] {
+        for number in accounts.clone() {
+            let account = node.entity::<Account>(id(number));
+            let deposit = AccountEvent::Deposited { amount: 10, number };
+            assert_eq!(account.append(deposit).idempotency_key("deposit").await.unwrap(), Version(1));
+            let withdrawn = account.execute(Withdraw { amount: 3 }).idempotency_key("withdraw").await.unwrap();
+            assert_eq!((withdrawn.version, withdrawn.is_repeated), (Version(2), true));
+            assert!(matches!(withdrawn.events[..], [AccountEvent::Withdrawn { amount: 3 }]));
+            let other = account.execute(Withdraw { amount: 4 }).idempotency_key("withdraw").await;
+            let error = other.unwrap_err().to_string();
+            assert!(error.contains("key"), "{error}");
+            let (state, version) = account.read().await.unwrap();
+            assert_eq!((state.balance, state.seen, version), (7, vec![number], Version(2)));
+        }
+    }
+    first.shutdown().await;
+    second.shutdown().await;
+}
+
+/// A backup of a part would look like one of all; what every node exports is all, once, whoever owned it before.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_with_a_part_of_the_slots_refuses_a_backup_and_the_exports_of_all_nodes_are_all_there_is() {
+    let (one, two, three) = (directory(), directory(), directory());
+    let hub = Hub::new();
+    let first = node(hub.node(one.path()), "one", &[]).await;
+    for number in 0..60 {
+        let account = first.entity::<Account>(id(number));
+        account.append(AccountEvent::Deposited { amount: 10, number }).await.unwrap();
+    }
+    let second = node(hub.node(two.path()), "two", &[&first]).await;
+    settled(&[&first, &second]).await;
+    for number in 0..60 {
+        let account = second.entity::<Account>(id(number));
+        account.append(AccountEvent::Deposited { amount: 1, number: number + 1000 }).await.unwrap();
+    }
+    let mut exports = Vec::new();
+    for (name, node) in [("one", &first), ("two", &second)] {
+        let refused = node.store().backup(three.path().join("backup")).run(|_| ()).await;
+        assert!(refused.unwrap_err().to_string().contains("export every node"));
+        let mut lines = Vec::new();
+        node.store().export_all(&mut lines, |_| ()).await.unwrap();
+        exports.push((name, lines));
+        node.shutdown().await;
+    }
+    let found = node(hub.node(three.path().join("data")), "three", &[]).await;
+    for (name, lines) in &exports {
+        let report = found.store().import(*name).run(&lines[..], |_| ()).await.unwrap();
+        assert!(report.new_events() > 0);
+    }
+    for number in 0..60 {
+        let (state, version) = found.entity::<Account>(id(number)).read().await.unwrap();
+        assert_eq!((state.balance, state.seen, version), (11, vec![number, number + 1000], Version(2)));
+    }
+    found.shutdown().await;
+}
+
 /// What clients did, and what was acknowledged to them.
 #[derive(Default)]
 struct Oracle {
