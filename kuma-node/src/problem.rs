@@ -325,6 +325,20 @@ impl From<SubscribeError> for Problem {
     }
 }
 
+impl From<kuma_cluster::SubscribeError> for Problem {
+    fn from(error: kuma_cluster::SubscribeError) -> Self {
+        use kuma_cluster::SubscribeError as E;
+        let detail = error.to_string();
+        match error {
+            E::Checkpoint(_) => Problem::new(StatusCode::CONFLICT, "invalid_checkpoint", detail),
+            E::OwnerUnreachable { .. } => Problem::unavailable("owner_unreachable", detail),
+            E::ShuttingDown => Problem::stopping(),
+            E::Store(error) => error.into(),
+            _ => Problem::unavailable("unreadable", detail),
+        }
+    }
+}
+
 impl From<ProjectionError> for Problem {
     fn from(error: ProjectionError) -> Self {
         use StatusCode as S;

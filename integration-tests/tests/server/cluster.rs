@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     net::{Ipv4Addr, SocketAddr},
     path::Path,
     sync::Arc,
@@ -156,6 +156,7 @@ async fn any_server_answers_every_request_of_an_entity_whoever_owns_it() {
     every_request_through_another_node(&cluster, b, c).await;
     retries_through_any_node_happen_once(&cluster, [a, b, c]).await;
     long_answers_come_whole(&cluster, b).await;
+    a_subscription_has_the_events_of_all_servers(&cluster, [a, b, c]).await;
     operators_see_the_cluster(&cluster, [a, b, c]).await;
     cluster.stop().await;
 }
@@ -368,6 +369,60 @@ async fn operators_see_the_cluster(cluster: &Cluster, [a, b, c]: [&Node; 3]) {
     assert!(code == 2 && err.contains("--yes"), "{err}");
     let (code, out, _) = cli(b, &["status"]).await;
     assert!(code == 0 && out.contains("3 of 3 within reach"), "{out}");
+}
+
+/// Subscribed at one server, gone on at another.
+async fn a_subscription_has_the_events_of_all_servers(cluster: &Cluster, [a, b, c]: [&Node; 3]) {
+    let ids: Vec<String> = (0..3).map(|owner| cluster.id_of(owner, "watched", "w")).collect();
+    for id in &ids {
+        let path = format!("/v1/entities/watched/{id}/events");
+        assert_eq!(send(b, "POST", &path, &[JSON], event("Seen", json!({ "n": 1 })).as_bytes()).await.status, 201);
+    }
+    let mut told = Told::open(b.address(), "/v1/events?kind=watched&from=beginning", &[]).await;
+    let mut seen = BTreeSet::new();
+    while seen.len() < ids.len() {
+        let event = told.next().await;
+        assert!(seen.insert(event["id"].as_str().unwrap().to_owned()), "{event} came twice");
+    }
+    assert_eq!(seen, ids.iter().cloned().collect());
+    let path = format!("/v1/entities/watched/{}/events", ids[0]);
+    assert_eq!(send(a, "POST", &path, &[JSON], event("Seen", json!({ "n": 2 })).as_bytes()).await.status, 201);
+    let mut gone_on = Told::open(c.address(), "/v1/events?kind=watched", &[("Last-Event-ID", &told.checkpoint)]).await;
+    let event = gone_on.next().await;
+    assert_eq!((&event["id"], &event["version"]), (&json!(ids[0]), &json!(2)));
+    let strange = send(c, "GET", "/v1/events?from=abc", &[], b"").await;
+    assert_eq!((strange.status, &strange.json()["code"]), (400, &json!("invalid_checkpoint")));
+}
+
+/// `/v1/events` of a server.
+struct Told {
+    reader: crate::http::Reader,
+    _writer: crate::http::Writer,
+    checkpoint: String,
+}
+
+impl Told {
+    async fn open(address: SocketAddr, path: &str, headers: &[(&str, &str)]) -> Told {
+        let (mut writer, mut reader) = connect(address).await.unwrap();
+        writer.whole("GET", path, headers, b"").await.unwrap();
+        assert_eq!(reader.head().await.unwrap().status, 200);
+        Told { reader, _writer: writer, checkpoint: String::new() }
+    }
+
+    async fn next(&mut self) -> Value {
+        let next = async {
+            loop {
+                let line = self.reader.line().await.unwrap().expect("the stream has ended");
+                if let Some(checkpoint) = line.strip_prefix("id: ") {
+                    self.checkpoint = checkpoint.to_owned();
+                }
+                if let Some(data) = line.strip_prefix("data: ") {
+                    return serde_json::from_str(data).unwrap();
+                }
+            }
+        };
+        tokio::time::timeout(LONG, next).await.expect("nothing came")
+    }
 }
 
 /// `/v1/cluster/events` of a node.

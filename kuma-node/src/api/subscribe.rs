@@ -1,11 +1,18 @@
-//! Subscriptions: the events of the store as server-sent events, first those that are there and then those that come.
+//! Subscriptions: the events of the store, or of all nodes of its cluster, as server-sent events, first those that are there and then those that
+//! come.
 //!
 //! Invariants:
 //! - Each has as its id the checkpoint behind it: who reconnects with `Last-Event-ID` goes on there. The events of a commit that was cut apart
-//!   come again; (`entity`, `life`, `version`) tells that they were there.
+//!   come again; (`entity`, `life`, `version`) tells that they were there. In a cluster, whose checkpoints tell of 4096 slots, only the last of
+//!   those that go out together has an id: who is cut off before it gets them again.
 //! - Whoever is slow falls behind in the log and not in memory: no more is read than is sent.
 
-use std::{io, sync::Arc, time::Duration};
+use std::{
+    io,
+    str::FromStr,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use axum::{
     body::{Body, Bytes},
@@ -13,7 +20,8 @@ use axum::{
     http::{HeaderMap, HeaderName, header},
     response::{IntoResponse, Response},
 };
-use futures_util::stream;
+use futures_util::{FutureExt, stream};
+use kuma_cluster::{SlotCheckpoint, StartAt};
 use kuma_core::{Checkpoint, Delivery, Filter, Start, SubscribeError, Subscription};
 use serde::Serialize;
 use tokio::{sync::OwnedSemaphorePermit, time::timeout};
@@ -64,13 +72,13 @@ pub(crate) async fn events(
     headers: HeaderMap,
 ) -> Result<Response, Problem> {
     let (filter, from) = parse(query.as_deref().unwrap_or_default())?;
-    let start = match headers.get(LAST_EVENT_ID).filter(|id| !id.is_empty()) {
-        Some(id) => Start::Checkpoint(checkpoint(id.to_str().unwrap_or("?"))?),
+    let from = match headers.get(LAST_EVENT_ID).filter(|id| !id.is_empty()) {
+        Some(id) => BeginAt::Checkpoint(id.to_str().unwrap_or("?").to_owned()),
         None => from,
     };
     let permit = node.subscription()?;
-    let subscription = node.kuma.subscribe(filter).from(start).open().await?;
-    let feed = Feed { subscription, node, has_begun: false, _permit: permit };
+    let source = Source::open(&node, filter, from).await?;
+    let feed = Feed { source, node, has_begun: false, _permit: permit };
     let chunks = stream::unfold(feed, |mut feed| async move {
         let chunk = feed.chunk().await?;
         Some((Ok::<_, io::Error>(Bytes::from(chunk)), feed))
@@ -79,8 +87,81 @@ pub(crate) async fn events(
     Ok((heads, Body::from_stream(chunks)).into_response())
 }
 
+/// Where a subscription begins, as it is asked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum BeginAt {
+    Now,
+    Beginning,
+    Time(SystemTime),
+    /// One of the store, or of a cluster.
+    Checkpoint(String),
+}
+
+/// Whose events they are.
+enum Source {
+    /// Those of the store, which is in no cluster.
+    Store(Box<Subscription>),
+    /// Those of all nodes.
+    Cluster(Box<kuma_cluster::Subscription>),
+}
+
+impl Source {
+    async fn open(node: &Node, filter: Filter, from: BeginAt) -> Result<Self, Problem> {
+        let Some(cluster) = &node.cluster else {
+            let start = match from {
+                BeginAt::Now => Start::Now,
+                BeginAt::Beginning => Start::Beginning,
+                BeginAt::Time(at) => Start::Time(at),
+                BeginAt::Checkpoint(text) => Start::Checkpoint(checkpoint::<Checkpoint>(&text)?),
+            };
+            return Ok(Source::Store(Box::new(node.kuma.subscribe(filter).from(start).open().await?)));
+        };
+        let start = match from {
+            BeginAt::Now => StartAt::Now,
+            BeginAt::Beginning => StartAt::Beginning,
+            BeginAt::Time(at) => StartAt::Time(at),
+            BeginAt::Checkpoint(text) => StartAt::Checkpoint(checkpoint::<SlotCheckpoint>(&text)?),
+        };
+        Ok(Source::Cluster(Box::new(cluster.subscribe(filter, start).await?)))
+    }
+
+    fn checkpoint(&self) -> String {
+        match self {
+            Source::Store(subscription) => subscription.checkpoint().to_string(),
+            Source::Cluster(subscription) => subscription.checkpoint().to_string(),
+        }
+    }
+
+    /// What comes next; none when the node shuts down.
+    async fn next(&mut self) -> Result<Option<Delivery>, Problem> {
+        match self {
+            Source::Store(subscription) => match subscription.next().await {
+                Err(SubscribeError::ShuttingDown) => Ok(None),
+                next => Ok(Some(next?)),
+            },
+            Source::Cluster(subscription) => match subscription.next().await {
+                Err(kuma_cluster::SubscribeError::ShuttingDown) => Ok(None),
+                next => Ok(Some(next?)),
+            },
+        }
+    }
+
+    /// What is there without waiting. What fails comes again with the next one that is waited for.
+    async fn next_of_now(&mut self) -> Option<Delivery> {
+        match self {
+            Source::Store(subscription) => subscription.next_of_now().await.ok().flatten(),
+            Source::Cluster(subscription) => subscription.next().now_or_never()?.ok(),
+        }
+    }
+
+    /// Whether an id is short enough to go with each event.
+    fn names_each(&self) -> bool {
+        matches!(self, Source::Store(_))
+    }
+}
+
 struct Feed {
-    subscription: Subscription,
+    source: Source,
     node: Arc<Node>,
     has_begun: bool,
     _permit: OwnedSemaphorePermit,
@@ -93,7 +174,7 @@ impl Feed {
         if !self.has_begun {
             self.has_begun = true;
             // So that the head of the answer goes out, and whoever is cut off before the first event knows where to go on.
-            let checkpoint = self.subscription.checkpoint();
+            let checkpoint = self.source.checkpoint();
             chunk.extend_from_slice(format!("retry: 1000\n: kuma\nid: {checkpoint}\n\n").as_bytes());
             return Some(chunk);
         }
@@ -101,32 +182,36 @@ impl Feed {
         let first = tokio::select! {
             biased;
             () = stopping.cancelled() => return None,
-            first = timeout(HEARTBEAT, self.subscription.next()) => first,
+            first = timeout(HEARTBEAT, self.source.next()) => first,
         };
         let mut next = match first {
             Err(_) => return Some(b": still here\n\n".to_vec()),
-            Ok(Ok(delivery)) => Some(delivery),
-            Ok(Err(SubscribeError::ShuttingDown)) => return None,
-            Ok(Err(error)) => {
-                let problem = Problem::from(error);
+            Ok(Ok(None)) => return None,
+            Ok(Ok(delivery)) => delivery,
+            Ok(Err(problem)) => {
                 tracing::warn!(code = problem.code(), "a subscription cannot go on for now");
                 tokio::time::sleep(RETRY).await;
                 return Some(b": cannot be read for now\n\n".to_vec());
             }
         };
         while let Some(delivery) = next.take() {
-            write(&mut chunk, &delivery, &self.subscription.checkpoint());
+            // As of behind this one, before the next one is looked at.
+            let mut id = self.source.names_each().then(|| self.source.checkpoint());
             if chunk.len() < CHUNK_BYTES {
-                // What it meets comes again with the next chunk.
-                next = self.subscription.next_of_now().await.ok().flatten();
+                next = self.source.next_of_now().await;
             }
+            if next.is_none() {
+                // Nothing was handed out since.
+                id = id.or_else(|| Some(self.source.checkpoint()));
+            }
+            write(&mut chunk, &delivery, id.as_deref());
         }
         Some(chunk)
     }
 }
 
 /// Which events, and from where.
-fn parse(query: &str) -> Result<(Filter, Start), Problem> {
+fn parse(query: &str) -> Result<(Filter, BeginAt), Problem> {
     let refuse = |detail: &str| Problem::bad("invalid_query_string", detail);
     let fields: Vec<(String, String)> =
         serde_urlencoded(query).ok_or_else(|| refuse("it is not percent-encoded UTF-8"))?;
@@ -150,16 +235,16 @@ fn parse(query: &str) -> Result<(Filter, Start), Problem> {
             "from" if start.is_some() => return Err(refuse("`from` is there twice")),
             "from" => {
                 start = Some(match value.as_str() {
-                    "now" => Start::Now,
-                    "beginning" => Start::Beginning,
-                    text if text.contains(':') => Start::Time(parse_time(text)?),
-                    text => Start::Checkpoint(checkpoint(text)?),
+                    "now" => BeginAt::Now,
+                    "beginning" => BeginAt::Beginning,
+                    text if text.contains(':') => BeginAt::Time(parse_time(text)?),
+                    text => BeginAt::Checkpoint(text.to_owned()),
                 });
             }
             _ => return Err(refuse("`kind`, `event` and `from` are what can be given")),
         }
     }
-    Ok((filter, start.unwrap_or(Start::Now)))
+    Ok((filter, start.unwrap_or(BeginAt::Now)))
 }
 
 fn serde_urlencoded(query: &str) -> Option<Vec<(String, String)>> {
@@ -170,7 +255,7 @@ fn serde_urlencoded(query: &str) -> Option<Vec<(String, String)>> {
     axum::extract::Query::try_from_uri(&uri).ok().map(|axum::extract::Query(fields)| fields)
 }
 
-fn checkpoint(text: &str) -> Result<Checkpoint, Problem> {
+fn checkpoint<C: FromStr>(text: &str) -> Result<C, Problem> {
     text.parse()
         .map_err(|_| Problem::bad("invalid_checkpoint", "it is not a checkpoint: send the `id` of an event, as it is"))
 }
@@ -188,8 +273,13 @@ struct Head<'a> {
     event: EventHead<'a>,
 }
 
-fn write(out: &mut Vec<u8>, delivery: &Delivery, checkpoint: &Checkpoint) {
-    let mut begin = |name: &str| out.extend_from_slice(format!("id: {checkpoint}\nevent: {name}\ndata: ").as_bytes());
+fn write(out: &mut Vec<u8>, delivery: &Delivery, id: Option<&str>) {
+    let mut begin = |name: &str| {
+        if let Some(id) = id {
+            out.extend_from_slice(format!("id: {id}\n").as_bytes());
+        }
+        out.extend_from_slice(format!("event: {name}\ndata: ").as_bytes());
+    };
     // JSON has no line breaks, so that one line of data is enough.
     match delivery {
         Delivery::Event(stored) => {
@@ -245,10 +335,11 @@ mod tests {
                 && filter.matches("a.b", "Moved")
         );
         assert!(!filter.matches("account", "Withdrawn") && !filter.matches("other", "Placed"));
-        assert_eq!(start, Start::Beginning);
-        assert_eq!(parse("").unwrap().1, Start::Now);
-        assert!(matches!(parse("from=2026-01-31T12:00:00Z").unwrap().1, Start::Time(_)));
-        for query in ["from=x", "from=now&from=now", "event=account", "what=1", "from=25:00", "kind=%ff"] {
+        assert_eq!(start, BeginAt::Beginning);
+        assert_eq!(parse("").unwrap().1, BeginAt::Now);
+        assert!(matches!(parse("from=2026-01-31T12:00:00Z").unwrap().1, BeginAt::Time(_)));
+        assert_eq!(parse("from=x").unwrap().1, BeginAt::Checkpoint("x".to_owned()));
+        for query in ["from=now&from=now", "event=account", "what=1", "from=25:00", "kind=%ff"] {
             assert!(parse(query).is_err(), "{query}");
         }
     }
