@@ -452,8 +452,12 @@ impl Node {
         standing: Standing,
     ) -> Result<Node, NodeError> {
         let slots = kuma.slots();
-        // Nothing is served before it is known that it may be.
-        slots.records().iter().for_each(|(slot, _)| slots.set_gate(*slot, Gate::Closed));
+        // Nothing is served before it is known that it may be. All gates stand before anybody can send anything: a grant or an abort that came before its
+        // gate was sealed would leave the slot shut for ever.
+        for (slot, record) in slots.records() {
+            let is_coming = record.staged.is_some();
+            slots.set_gate(slot, if is_coming { Gate::Sealed } else { Gate::Closed });
+        }
         options
             .commands
             .register(kuma)
@@ -504,7 +508,6 @@ impl Node {
                 }
             }
             if record.staged.is_some() {
-                slots.set_gate(slot, Gate::Sealed);
                 shared.slot_actor(slot).await;
             }
         }

@@ -9,7 +9,10 @@ use std::{
 use crate::common::directory;
 use integration_tests::{options, seed};
 use kuma_cluster::{Node, NodeError, testing::Hub};
-use kuma_core::{AppendError, Kuma, NewEvent, ReadError, SLOTS, Slot, Unavailable, Version, slot_of};
+use kuma_core::{
+    AppendError, Content, DiskId, Kuma, NewEvent, ReadError, SLOTS, Slot, Staged, TransferId, Txn, Unavailable,
+    Version, slot_of,
+};
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use serde_json::json;
 
@@ -202,6 +205,30 @@ async fn handoffs_are_finished_or_given_up_by_themselves_when_nodes_are_stopped_
     }
     for node in all {
         assert!(node.store().verify(|_| ()).await.unwrap().is_clean());
+        node.shutdown().await;
+    }
+}
+
+/// A giver gave up, was destroyed before it could say so, and the slot had gone elsewhere: what is prepared here kept the slot shut at this node for ever.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_copy_that_a_destroyed_node_had_prepared_here_does_not_keep_its_slot_out_of_reach() {
+    let (one, two) = (directory(), directory());
+    let hub = Hub::new();
+    let first = start(&hub, one.path(), "one", &[]).await.unwrap();
+    let second = start(&hub, two.path(), "two", &[&first]).await.unwrap();
+    ready(&second).await;
+    settled(&[&first, &second]).await;
+    let id = thing_of(&first);
+    let slot = slot_of("thing", &id);
+    let slots = second.store().slots();
+    let epoch = first.store().slots().record(slot).unwrap().owned().unwrap();
+    let (transfer, from, content) = (TransferId([7; 16]), DiskId([7; 16]), Content::default());
+    slots.change(slot, Txn::Stage(Staged { transfer, epoch, from, content })).await.unwrap();
+    second.shutdown().await;
+    let second = start(&hub, two.path(), "two", &[]).await.unwrap();
+    soon("its owner is reached", async || second.raw("thing", &id).append(event(1)).await.is_ok()).await;
+    assert_eq!(second.store().slots().record(slot).unwrap().staged, None);
+    for node in [first, second] {
         node.shutdown().await;
     }
 }
