@@ -104,7 +104,7 @@ pub(crate) fn judge(facts: &Facts) -> Health {
     };
     if !facts.is_active {
         let detail = format!(
-            "this node is not let in yet: every node of the cluster has to do that{of_away}; start those, or attest to them that a disk is destroyed"
+            "this node is not let in yet: every node of the cluster has to do that{of_away}; start those, or attest that a disk is destroyed"
         );
         say("joining", HealthState::Unavailable, None, 0, None, detail);
     } else if !facts.has_passed {

@@ -211,7 +211,7 @@ async fn what_may_not_happen_twice_is_asked_once_when_the_link_breaks() {
     soon("the second node is ready", async || second.is_ready()).await;
     settled(&[&first, &second]).await;
     let slot = (0..u64::from(SLOTS)).map(Slot::new).find(|slot| first.is_here(*slot)).unwrap();
-    for (repeat, times) in [(Repeat::Never, 1), (Repeat::Safe, 2)] {
+    for (repeat, times) in [(Repeat::Never, 1), (Repeat::Safe, 2), (Repeat::Read, 2)] {
         soon("they are linked", async || second.members().iter().all(|member| member.is_up)).await;
         *cuts.pair.lock() = Some((first.address(), second.address()));
         cuts.asked.store(0, SeqCst);

@@ -50,6 +50,15 @@ const OPERATIONS: &[(&str, &str, Needs)] = &[
     ("POST", "/v1/backups/{name}", Needs::Scope(Scope::Admin)),
     ("GET", "/health/live", Needs::Nothing),
     ("GET", "/health/ready", Needs::Nothing),
+    ("GET", "/health/cluster", Needs::Nothing),
+    ("GET", "/v1/cluster/events", Needs::Scope(Scope::Read)),
+    ("GET", "/v1/cluster/members", Needs::Scope(Scope::Read)),
+    ("GET", "/v1/cluster/moves", Needs::Scope(Scope::Read)),
+    ("GET", "/v1/cluster/plan", Needs::Scope(Scope::Read)),
+    ("GET", "/v1/cluster/slots", Needs::Scope(Scope::Read)),
+    ("POST", "/v1/cluster/drain", Needs::Scope(Scope::Admin)),
+    ("POST", "/v1/cluster/forget", Needs::Scope(Scope::Admin)),
+    ("POST", "/v1/cluster/migrate", Needs::Scope(Scope::Admin)),
     ("GET", "/metrics", Needs::Token),
 ];
 
