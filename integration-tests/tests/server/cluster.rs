@@ -409,14 +409,19 @@ impl Told {
         Told { reader, _writer: writer, checkpoint: String::new() }
     }
 
+    /// The next event. Erasures are told beside, those of before to whoever goes on at another server.
     async fn next(&mut self) -> Value {
+        let mut name = String::new();
         let next = async {
             loop {
                 let line = self.reader.line().await.unwrap().expect("the stream has ended");
                 if let Some(checkpoint) = line.strip_prefix("id: ") {
                     self.checkpoint = checkpoint.to_owned();
                 }
-                if let Some(data) = line.strip_prefix("data: ") {
+                if let Some(of) = line.strip_prefix("event: ") {
+                    name = of.to_owned();
+                }
+                if let Some(data) = line.strip_prefix("data: ").filter(|_| name == "event") {
                     return serde_json::from_str(data).unwrap();
                 }
             }
