@@ -288,7 +288,7 @@ async fn a_second_user_of_the_directory_is_told_who_has_it() {
     assert_snapshot!(sentence(&error, path), @"[dir] is in use by this very process, or by a store of it that was dropped and is still closing; call `shutdown` on that one first, or choose another data directory");
 
     let child = Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "as_the_second_process", "--nocapture"])
+        .args(["--exact", "bad_input::as_the_second_process", "--nocapture"])
         .env(CHILD, path)
         .output()
         .unwrap();
