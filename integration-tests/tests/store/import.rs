@@ -935,7 +935,7 @@ async fn a_killed_import_is_finished_by_the_next_one() {
     let mut told = 0;
     for kill_at in [1_u64, 500, 501, 1500, 3999] {
         let mut child = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "the_import_that_is_killed", "--ignored", "--nocapture"])
+            .args(["--exact", "import::the_import_that_is_killed", "--ignored", "--nocapture"])
             .env(CHILD, dir.path())
             .stdout(Stdio::piped())
             .stderr(Stdio::null())

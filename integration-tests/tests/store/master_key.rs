@@ -110,7 +110,7 @@ fn a_key_in_the_environment_opens_the_store_that_it_made() {
     let data = dir.path().join("data");
     let run = |key: Option<String>| {
         let mut command = Command::new(std::env::current_exe().unwrap());
-        command.args(["--exact", "as_a_process_with_its_key_in_the_environment", "--nocapture"]).env(DATA, &data);
+        command.args(["--exact", "master_key::as_a_process_with_its_key_in_the_environment", "--nocapture"]).env(DATA, &data);
         command.env_remove(VARIABLE).envs(key.map(|key| (VARIABLE, key)));
         let said = String::from_utf8(command.output().unwrap().stdout).unwrap();
         said.lines().find_map(|line| line.split_once("answer: ")).unwrap().1.to_owned()
@@ -407,7 +407,7 @@ async fn a_rotation_that_was_killed_is_finished_by_running_it_again() {
     let mut done = 0;
     for wraps in [0, 1, 200, 260, 40] {
         let mut command = Command::new(std::env::current_exe().unwrap());
-        command.args(["--exact", "as_a_process_that_is_killed_in_the_middle_of_a_rotation"]);
+        command.args(["--exact", "master_key::as_a_process_that_is_killed_in_the_middle_of_a_rotation"]);
         command.env(DATA, &data).env(ROTATION_KEY, &key).env(ROTATION_WRAPS, wraps.to_string());
         let status = command.stdout(std::process::Stdio::null()).status().unwrap();
         assert_eq!(std::os::unix::process::ExitStatusExt::signal(&status), Some(9), "after {wraps} wraps: {status}");
