@@ -110,7 +110,9 @@ fn a_key_in_the_environment_opens_the_store_that_it_made() {
     let data = dir.path().join("data");
     let run = |key: Option<String>| {
         let mut command = Command::new(std::env::current_exe().unwrap());
-        command.args(["--exact", "master_key::as_a_process_with_its_key_in_the_environment", "--nocapture"]).env(DATA, &data);
+        command
+            .args(["--exact", "master_key::as_a_process_with_its_key_in_the_environment", "--nocapture"])
+            .env(DATA, &data);
         command.env_remove(VARIABLE).envs(key.map(|key| (VARIABLE, key)));
         let said = String::from_utf8(command.output().unwrap().stdout).unwrap();
         said.lines().find_map(|line| line.split_once("answer: ")).unwrap().1.to_owned()
