@@ -309,14 +309,14 @@ impl Slots {
     pub async fn copy(&self, slot: Slot) -> Result<SlotCopy, SlotError> {
         let core = self.core(slot)?;
         let failed = |cause| SlotError::Read { slot, cause };
-        let erasures = core.shard.erasures_in(slot);
+        let rewrites = core.shard.rewrites_in(slot);
         let after = *core.shard.end().borrow();
         let entities = core.shard.slot_entities(slot).await.map_err(failed)?;
         let mut positions = core.shard.positions_of(&entities).await.map_err(failed)?;
         // What comes later is read from the log.
         positions.retain(|position| *position <= after);
         let node = self.inner.node().clone();
-        Ok(SlotCopy { core, node, slot, positions, done: 0, after, erasures, sent: HashSet::new() })
+        Ok(SlotCopy { core, node, slot, positions, done: 0, after, rewrites, sent: HashSet::new() })
     }
 
     /// Keeps a piece of a slot that came in: its keys, then its rows. Durable when this returns.
@@ -461,7 +461,7 @@ pub struct SlotCopy {
     done: usize,
     /// What is behind this position of the shard's log is read from there.
     after: u64,
-    erasures: u64,
+    rewrites: u64,
     /// Numbers of entities that were sent with their keys.
     sent: HashSet<i64>,
 }
@@ -505,7 +505,7 @@ impl SlotCopy {
 
     /// Whether something that was sent is not so any more: an entity was erased. The copy is of no use then.
     pub fn is_stale(&self) -> bool {
-        self.core.shard.erasures_in(self.slot) != self.erasures
+        self.core.shard.rewrites_in(self.slot) != self.rewrites
     }
 
     /// Rows that are left as far as is known.

@@ -31,8 +31,8 @@ pub(crate) struct Progress {
 pub(crate) struct Audit {
     pub(crate) stored: Stored,
     pub(crate) slots: BTreeMap<Slot, SlotSum>,
-    /// Of each slot with some, the steps of erasures since the file was opened: its rows change with each.
-    pub(crate) erasures: BTreeMap<Slot, u64>,
+    /// Of each slot with some, how often its rows became others since the file was opened: with each step of an erasure, and as they left.
+    pub(crate) rewrites: BTreeMap<Slot, u64>,
 }
 
 /// One database's tables as its only writer keeps them: an image in memory, changed group by group.
@@ -71,8 +71,8 @@ pub(crate) trait Book: Send + Sync + 'static {
         BTreeMap::new()
     }
 
-    /// Of each slot with some, the steps of erasures.
-    fn erasures(&self) -> BTreeMap<Slot, u64> {
+    /// Of each slot with some, how often its rows became others.
+    fn rewrites(&self) -> BTreeMap<Slot, u64> {
         BTreeMap::new()
     }
 

@@ -327,7 +327,7 @@ impl LogBook {
         if !image.record().allows(&change.txn) || change.slot == Slot::OWN {
             return false;
         }
-        let after = image.after(&change.txn);
+        let mut after = image.after(&change.txn);
         let Some(staged) = &mut self.staged else { return false };
         let leaves = match (change.txn, image.token) {
             (Txn::ConfirmTaken { transfer }, _) => Some(transfer),
@@ -337,6 +337,7 @@ impl LogBook {
         };
         if let Some(transfer) = leaves {
             staged.moves.push(Move::Leave { slot: change.slot, transfer, at_us: change.at_us });
+            after.rewrites += 1;
         }
         if let Txn::Take { transfer, .. } = change.txn {
             let (first_eid, first_position) = (change.first_eid, staged.next_position);
@@ -363,6 +364,10 @@ impl LogBook {
                 Moving::Drop { transfer, done, .. } => *done.lock() = moving::drop_some(connection, *transfer).await?,
                 Moving::Stub { slot, transfer, done } => {
                     *done.lock() = moving::stub_some(connection, *slot, *transfer).await?;
+                    let Some((index, mut image)) = self.image(*slot) else { continue };
+                    let Some(staged) = self.staged.as_mut() else { continue };
+                    image.rewrites += 1;
+                    staged.slots.insert(index, image);
                 }
                 Moving::IndexSlots => {
                     statements::execute(connection, "CREATE INDEX IF NOT EXISTS entity_slot ON entity(slot)").await?;
@@ -586,7 +591,7 @@ impl LogBook {
                 erased.bytes += row.body.len() as u64;
                 erased.append_keys += u64::from(row.append_key.is_some());
             }
-            image.erasures += 1;
+            image.rewrites += 1;
             staged.slots.insert(index, image);
             *done.lock() = StepDone { rows: erased, next };
         }
@@ -708,10 +713,10 @@ impl Book for LogBook {
         self.slots.read().iter().map(|image| (image.slot, image.sum())).collect()
     }
 
-    fn erasures(&self) -> BTreeMap<Slot, u64> {
+    fn rewrites(&self) -> BTreeMap<Slot, u64> {
         let slots = self.slots.read();
-        let some = slots.iter().filter(|image| image.erasures > 0);
-        some.map(|image| (image.slot, image.erasures)).collect()
+        let some = slots.iter().filter(|image| image.rewrites > 0);
+        some.map(|image| (image.slot, image.rewrites)).collect()
     }
 
     fn keep(&mut self) {

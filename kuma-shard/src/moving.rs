@@ -43,6 +43,9 @@ const DROPPED_ROWS: u32 = 1024;
 const ROW_BYTES: usize = 160;
 /// Rows of one page that goes out; the one that exceeds it is the last.
 const OUTGOING_BYTES: usize = 48 << 10;
+/// Takes the append keys of rows, which still have them, out of their index.
+const FORGET_KEYS: &str = "DELETE FROM key_index WHERE (eid, append_key) IN (
+    SELECT eid, append_key FROM log WHERE position IN (SELECT value FROM json_each(?)))";
 
 /// Rows of a slot on their way from one disk to another. Entities have the numbers that they have at the giver.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -94,9 +97,9 @@ impl Shard {
         self.slot_image(slot).map(|image| image.record())
     }
 
-    /// How many steps of erasures the slot has seen since the file was opened: with each, rows that were read before are others.
-    pub fn erasures_in(&self, slot: Slot) -> u64 {
-        self.slot_image(slot).map_or(0, |image| image.erasures)
+    /// How often rows of the slot became others since the file was opened: by steps of erasures, and when what left became stubs.
+    pub fn rewrites_in(&self, slot: Slot) -> u64 {
+        self.slot_image(slot).map_or(0, |image| image.rewrites)
     }
 
     /// The records of all slots of this shard, the store's own too.
@@ -565,7 +568,7 @@ pub(crate) async fn stub_some(
          FROM entity CROSS JOIN log_index USING (eid) CROSS JOIN log ON log.position = log_index.position
          WHERE entity.slot = ? AND entity.copy = ? AND length(log.body) > 0 LIMIT ?",
     );
-    let rows = rows.bind(i64::from(slot.number())).bind(copy.clone()).bind(PAGE_ROWS);
+    let rows = rows.bind(i64::from(slot.number())).bind(copy).bind(PAGE_ROWS);
     let rows = rows.fetch_all(&mut *connection).await?;
     let mut stubs = Vec::with_capacity(rows.len());
     for row in &rows {
@@ -586,15 +589,12 @@ pub(crate) async fn stub_some(
         });
         stubs.push(Stub { position: number("position")?, checksum: hash.checksum() });
     }
+    let positions: Vec<u64> = stubs.iter().map(|stub| stub.position).collect();
+    sqlx::query(FORGET_KEYS).bind(json(&positions)).execute(&mut *connection).await?;
     erase::empty(connection, stubs.into_iter()).await?;
     if rows.len() == PAGE_ROWS as usize {
         return Ok(false);
     }
-    sqlx::query("DELETE FROM key_index WHERE eid IN (SELECT eid FROM entity WHERE slot = ? AND copy = ?)")
-        .bind(i64::from(slot.number()))
-        .bind(copy)
-        .execute(&mut *connection)
-        .await?;
     let done = sqlx::query("DELETE FROM departed WHERE transfer = ?").bind(transfer.0.to_vec());
     done.execute(connection).await.map(|_| true)
 }
@@ -815,6 +815,41 @@ mod tests {
             shard.reopen().await;
             assert_clean(shard).await;
         }
+        giver.stop().await;
+        receiver.stop().await;
+    }
+
+    /// Does something else once, while a shard is looked at.
+    struct Meanwhile<F>(Option<F>);
+
+    impl<F: Future<Output = ()> + Send> CommitCheck for Meanwhile<F> {
+        async fn check(&mut self, _: &EntityRow, _: &LogRow) -> Result<(), String> {
+            if let Some(act) = self.0.take() {
+                act.await;
+            }
+            Ok(())
+        }
+    }
+
+    #[tokio::test]
+    async fn a_slot_that_leaves_is_sound_at_every_step_and_beside_a_look_at_it() {
+        let (giver, receiver) = (giver().await, TestShard::without_slots().await);
+        let transfer = TransferId([7; 16]);
+        let report = giver.verify(&mut Meanwhile(Some(async { drop(hand_over(&giver, &receiver, 7).await) }))).await;
+        let report = report.unwrap();
+        assert!(report.is_clean() && report.changed_slots == [slot()], "{report:?}");
+
+        // One step of two.
+        let (told, settled) = oneshot::channel();
+        let told = Box::new(move |result| drop(told.send(result)));
+        giver.hand_in(LogEntry::stub_departed(slot(), transfer, Arc::default(), told));
+        settled.await.unwrap().unwrap();
+        let report = giver.verify(&mut Trusting).await.unwrap();
+        assert!(report.is_clean() && report.stubs == u64::from(PAGE_ROWS) + 5, "{report:?}");
+
+        let collect = async { giver.collect_departed(slot(), transfer).await.unwrap() };
+        let report = giver.verify(&mut Meanwhile(Some(collect))).await.unwrap();
+        assert!(report.is_clean() && report.changed_slots == [slot()], "{report:?}");
         giver.stop().await;
         receiver.stop().await;
     }

@@ -88,7 +88,7 @@ pub struct ShardCopied {
     pub stubs: u64,
     /// Slots whose rows in the store are not those that were committed, although each row is sound. The copy holds these rows.
     pub bad_slots: Vec<Slot>,
-    /// Slots that were not compared, because something in them was erased meanwhile.
+    /// Slots that were not compared, because something in them was erased, or left, meanwhile.
     pub changed_slots: Vec<Slot>,
 }
 
@@ -381,7 +381,7 @@ impl<P: FnMut(CopyProgress) + Send> Copying<'_, P> {
         for _ in 0..ROUNDS_MAX {
             self.erase_what_is_erased(asked.stored.commits).await?;
             let now = self.shard.database().audit().await?;
-            if now.erasures == before.erasures {
+            if now.rewrites == before.rewrites {
                 return Ok(now);
             }
             before = now;
@@ -529,7 +529,7 @@ impl<P: FnMut(CopyProgress) + Send> Copying<'_, P> {
         let loaded = loaded.map_err(|detail| self.source_error(0, None, format!("of slots: {detail}")))?;
         for (index, (ours, theirs)) in self.file.images.iter_mut().zip(loaded).enumerate() {
             let (next_seq, len, digest) = (ours.next_seq, ours.len, ours.digest);
-            let image = SlotImage { next_seq, len, digest, erasures: ours.erasures, ..theirs };
+            let image = SlotImage { next_seq, len, digest, rewrites: ours.rewrites, ..theirs };
             if *ours != image {
                 *ours = image;
                 self.file.dirty.insert(index);
@@ -543,7 +543,7 @@ impl<P: FnMut(CopyProgress) + Send> Copying<'_, P> {
         let (mut bad, mut changed) = (Vec::new(), Vec::new());
         for image in &self.file.images {
             let slot = image.slot;
-            if self.unfinished.contains(&slot) || asked.erasures.get(&slot) != now.erasures.get(&slot) {
+            if self.unfinished.contains(&slot) || asked.rewrites.get(&slot) != now.rewrites.get(&slot) {
                 changed.push(slot);
             } else if asked.slots.get(&slot).copied().unwrap_or_default() != image.sum() {
                 bad.push(slot);

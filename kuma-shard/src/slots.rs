@@ -27,8 +27,8 @@ pub(crate) struct SlotImage {
     pub(crate) next_seq: u64,
     pub(crate) len: u64,
     pub(crate) digest: Digest,
-    /// Steps of erasures since the file was opened.
-    pub(crate) erasures: u64,
+    /// How often rows that are there became others since the file was opened: by an erasure, or because they left.
+    pub(crate) rewrites: u64,
 }
 
 /// The slots of a shard. Changed by its writer alone, when a group is durable.
@@ -75,7 +75,7 @@ impl SlotImage {
             next_seq: 1,
             len: empty.len,
             digest: empty.digest,
-            erasures: 0,
+            rewrites: 0,
         }
     }
 
@@ -194,7 +194,7 @@ impl SlotImage {
             next_seq: number("next_seq")?.cast_unsigned(),
             len: number("len")?.cast_unsigned(),
             digest: Digest::from_bytes(digest),
-            erasures: 0,
+            rewrites: 0,
         };
         Ok((image.checksum() == number("checksum")?).then_some(image))
     }

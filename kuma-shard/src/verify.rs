@@ -42,7 +42,7 @@ pub struct ShardReport {
     pub stubs: u64,
     /// Damage that belongs to one entity: its hash, or none where even that cannot be read, and what is wrong. The first 1000 of it.
     pub bad_entities: Vec<(Option<EntityHash>, String)>,
-    /// Slots that were not compared with their digests, because something in them was erased meanwhile, in order. Not damage: verify again.
+    /// Slots that were not compared with their digests, because something in them was erased, or left, meanwhile, in order. Not damage: verify again.
     pub changed_slots: Vec<Slot>,
     /// Slots whose rows are not those that were committed, in order.
     pub bad_slots: Vec<Slot>,
@@ -66,8 +66,8 @@ impl ShardReport {
     fn compare(&mut self, expected: &Audit, now: &Audit, mut found: BTreeMap<Slot, SlotSum>) {
         let mut digest = Digest::default();
         found.values().for_each(|sum| digest.add_digest(&sum.digest));
-        let before = &expected.erasures;
-        let changed = |slot: &Slot| now.erasures.get(slot) != before.get(slot);
+        let before = &expected.rewrites;
+        let changed = |slot: &Slot| now.rewrites.get(slot) != before.get(slot);
         for (slot, expected) in &expected.slots {
             let found = found.remove(slot).unwrap_or_default();
             if changed(slot) {
@@ -85,7 +85,7 @@ impl ShardReport {
             self.damage.push(format!("slot {slot} is not of this shard and has {} rows in it", found.len));
         }
         self.bad_slots.sort_unstable();
-        if now.erasures == expected.erasures && digest != expected.stored.progress.digest {
+        if now.rewrites == expected.rewrites && digest != expected.stored.progress.digest {
             self.damage.push("the digest of all rows is not the one that was committed".to_owned());
         }
     }
@@ -148,7 +148,7 @@ impl Shard {
         commits: &mut impl CommitCheck,
         expected: &Audit,
     ) -> Result<BTreeMap<Slot, SlotSum>, ReadError> {
-        let Audit { stored: Stored { progress: expected, .. }, erasures, .. } = expected;
+        let Audit { stored: Stored { progress: expected, .. }, rewrites, .. } = expected;
         let mut found: BTreeMap<Slot, SlotSum> = BTreeMap::new();
         // Of each entity the next version: all that is kept of it from page to page.
         let mut versions = HashMap::new();
@@ -203,7 +203,7 @@ impl Shard {
             report.damage.push("the index of the log is not that of its rows".to_owned());
         }
         // A key that two commits have is one entry, and only one of them is found by it. An erasure takes keys away.
-        let is_settled = self.database().audit().await?.erasures == *erasures;
+        let is_settled = self.database().audit().await?.rewrites == *rewrites;
         if is_settled
             && !by_key.is_whole(self.count("SELECT count(*) FROM key_index WHERE position <= ?", indexed).await?)
         {

@@ -220,7 +220,7 @@ impl<B: Book> Actor for Writer<B> {
             WriterMessage::Audit { reply } if !state.in_doubt => {
                 let stored = Stored { commits: state.commits, progress: state.book.progress() };
                 // A receiver that is gone no longer wants to know.
-                let _ = reply.send(Audit { stored, slots: state.book.slots(), erasures: state.book.erasures() });
+                let _ = reply.send(Audit { stored, slots: state.book.slots(), rewrites: state.book.rewrites() });
             }
             WriterMessage::Audit { .. } => {}
             WriterMessage::Stop { done } => {

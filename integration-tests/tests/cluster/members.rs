@@ -333,7 +333,8 @@ async fn nodes_join_at_once_and_leave_under_load_and_nothing_fails_or_is_lost() 
         assert_eq!(seen, wanted, "account {account}");
     }
     for node in &nodes {
-        assert!(node.store().verify(|_| ()).await.unwrap().is_clean());
+        let report = node.store().verify(|_| ()).await.unwrap();
+        assert!(report.is_clean(), "{report:?}");
         node.shutdown().await;
     }
     println!("{requests} requests");
