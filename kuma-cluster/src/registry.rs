@@ -2,7 +2,8 @@
 //!
 //! Invariants:
 //! - It moves nothing by itself: what it says is a wish, and the slot's actor and token decide.
-//! - No more than so many slots of this node are on their way at once, and one that has just been tried is left alone for a while.
+//! - No more than so many slots of this node are on their way at once, and one that has just been tried is left alone for a while. Of those that
+//!   nothing is in there are many.
 //! - Moving has time, requests have not: after a slot that somebody waited for, the next one begins no sooner than that pause took.
 //! - Nothing is served before another node that serves has said that this disk is the newest one of its node, or all nodes are there
 //!   (a whole cluster that starts), or there are no others.
@@ -24,15 +25,18 @@ use crate::{
     feed::ClusterEvent,
     handoff::Safeguards,
     members::{NodeId, Standing},
-    shared::Shared,
+    shared::{GRANTED, MoveProgress, Shared},
     slot_actor::SlotMessage,
+    transport::Transport,
     wire::{self, JoinReply, JoinRequest, kind},
 };
 
 /// How often it looks, beside what it is told.
 const EVERY: Duration = Duration::from_millis(250);
-/// Slots of this node that are on their way at once, unless the options say otherwise.
+/// Slots with rows of this node that are on their way at once, unless the options say otherwise.
 pub(crate) const MOVES_MAX: usize = 2;
+/// Slots that nothing is in that are on their way beside them: nobody waits for one, and their commits go in groups.
+const EMPTY_MAX: usize = 64;
 /// The longest rest between two moves, however long requests were held up: on a machine that is slow for other reasons moves go on.
 const REST_MAX: Duration = Duration::from_millis(100);
 /// After an attempt that came to nothing.
@@ -272,18 +276,33 @@ impl RegistryState {
         shared.owns().into_iter().filter_map(wish).collect()
     }
 
+    /// What may begin to move now. What was granted to a node that is gone waits for that node, and nothing else for it.
+    fn room(&self, transport: &dyn Transport) -> Room {
+        let mut room = Room { with_rows: self.moves_max, empty: EMPTY_MAX };
+        for progress in self.shared.moves.lock().values() {
+            if progress.phase != GRANTED || transport.is_up(progress.to) {
+                let left = room.of(progress);
+                *left = left.saturating_sub(1);
+            }
+        }
+        if Instant::now() < self.rest_until {
+            room.with_rows = 0;
+        }
+        room
+    }
+
     async fn start_moves(&mut self) {
         let shared = self.shared.clone();
         let Some(transport) = shared.transport() else { return };
         let may = shared.has_passed.load(SeqCst) && !shared.is_closing.load(SeqCst);
-        let mut room = self.moves_max.saturating_sub(shared.moves.lock().len());
-        let now = Instant::now();
-        if !may || room == 0 || now < self.rest_until {
+        let mut room = self.room(&**transport);
+        if !may || !room.is_worth_a_look() {
             return;
         }
+        let now = Instant::now();
         self.left_alone.retain(|_, until| *until > now);
         for (slot, _, to) in self.wishes() {
-            if room == 0 {
+            if room.is_none() {
                 return;
             }
             let is_moving = shared.moves.lock().contains_key(&slot);
@@ -291,22 +310,41 @@ impl RegistryState {
             {
                 continue;
             }
+            let progress = MoveProgress::new(slot, to, shared.rows_of(slot));
+            let left = room.of(&progress);
+            if *left == 0 {
+                continue;
+            }
+            *left -= 1;
             let Some(actor) = shared.slot_actor(slot).await else { return };
-            let progress = crate::shared::MoveProgress {
-                slot,
-                to,
-                phase: "copying",
-                rows_left: 0,
-                rows_sent: 0,
-                since: now,
-                trouble: None,
-            };
             shared.moves.lock().insert(slot, progress);
             if actor.cast(SlotMessage::Start { to }).is_err() {
                 shared.moves.lock().remove(&slot);
-                continue;
             }
-            room -= 1;
         }
+    }
+}
+
+/// How many slots may begin to move.
+struct Room {
+    with_rows: usize,
+    empty: usize,
+}
+
+impl Room {
+    fn of(&mut self, progress: &MoveProgress) -> &mut usize {
+        match progress.is_empty() {
+            true => &mut self.empty,
+            false => &mut self.with_rows,
+        }
+    }
+
+    fn is_none(&self) -> bool {
+        self.with_rows == 0 && self.empty == 0
+    }
+
+    /// To look for slots takes some work: a single one that is empty can wait for more of them.
+    fn is_worth_a_look(&self) -> bool {
+        self.with_rows > 0 || self.empty >= EMPTY_MAX / 2
     }
 }

@@ -49,6 +49,9 @@ pub(crate) struct ClusterState {
 /// The newest form of [`ClusterState`] that is known here.
 pub(crate) const STATE_FORMAT: u32 = 1;
 
+/// The phase of a slot that was granted, and of which the other node has not said yet that it owns it.
+pub(crate) const GRANTED: &str = "granted";
+
 /// How far a slot is on its way to another node.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MoveProgress {
@@ -66,6 +69,17 @@ pub struct MoveProgress {
     pub since: Instant,
     /// Why it comes to nothing, in a word.
     pub trouble: Option<&'static str>,
+}
+
+impl MoveProgress {
+    pub(crate) fn new(slot: Slot, to: DiskId, rows: u64) -> Self {
+        MoveProgress { slot, to, phase: "copying", rows_left: rows, rows_sent: 0, since: Instant::now(), trouble: None }
+    }
+
+    /// Whether nothing is in the slot, as far as is known: nobody waits for it.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.rows_left == 0 && self.rows_sent == 0
+    }
 }
 
 /// What handoffs have come to since the node was started.
@@ -313,6 +327,11 @@ impl Shared {
         self.member_of(disk).map_or_else(|| format!("disk {disk}"), |(_, member)| member.name)
     }
 
+    /// How many rows this node has of a slot.
+    pub(crate) fn rows_of(&self, slot: Slot) -> u64 {
+        self.slots.record(slot).map_or(0, |record| record.content.len)
+    }
+
     /// The actor of a slot, made if need be. None while the node closes.
     pub(crate) async fn slot_actor(self: &Arc<Self>, slot: Slot) -> Option<ActorRef<SlotMessage>> {
         let mut actors = self.actors.lock().await;
@@ -349,9 +368,8 @@ impl Shared {
     /// A slot of this node has come to another one, or not.
     pub(crate) fn note_end(&self, slot: Slot, pause: Option<Duration>) {
         let progress = self.moves.lock().remove(&slot);
-        let rows = progress.as_ref().map_or(0, |progress| progress.rows_sent);
         // Nobody waits for a slot that nothing is in.
-        let rest = pause.filter(|_| rows > 0).unwrap_or_default();
+        let rest = pause.filter(|_| progress.as_ref().is_some_and(|progress| !progress.is_empty())).unwrap_or_default();
         if let Some(MoveProgress { to, rows_sent, trouble, .. }) = progress {
             let to = self.name_of(to);
             let reason = trouble.unwrap_or("other");

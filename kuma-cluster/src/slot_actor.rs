@@ -25,7 +25,7 @@ use crate::{
     fail_points::{self, fail_point},
     feed::ClusterEvent,
     handoff::{Effect, Envelope, Handoff, Input, Message, Phase, Safeguards},
-    shared::{MoveProgress, Shared},
+    shared::{GRANTED, MoveProgress, Shared},
     transport::Transport,
     wire::{self, ChunkFrame, ChunkReply, HandoffFrame, kind},
 };
@@ -63,7 +63,8 @@ impl ractor::Message for SlotMessage {} // local only
 /// A copy that has caught up, and the leave to seal its slot.
 pub(crate) struct Caught {
     copy: Box<SlotCopy>,
-    leave: OwnedSemaphorePermit,
+    /// None if nothing is in it.
+    leave: Option<OwnedSemaphorePermit>,
 }
 
 pub(crate) struct SlotActor;
@@ -75,7 +76,7 @@ pub(crate) struct SlotState {
     /// At the giver: what has been copied so far, once that has caught up.
     copy: Option<Box<SlotCopy>>,
     copying: Option<tokio::task::AbortHandle>,
-    /// Held while the slot is sealed: a few at a time, so that each is so for a short time.
+    /// Held while a slot with rows is sealed: a few at a time, so that each is so for a short time.
     leave: Option<OwnedSemaphorePermit>,
     sealed_at: Option<Instant>,
     /// When each step was done, since the slot was sealed.
@@ -276,7 +277,7 @@ impl SlotState {
                 slots.set_gate(slot, Gate::Closed);
                 self.copy = None;
                 self.note("released");
-                self.progress(|progress| progress.phase = "granted");
+                self.progress(|progress| progress.phase = GRANTED);
             }
             Txn::ConfirmTaken { .. } => {
                 if let Some(sealed_at) = self.sealed_at.take() {
@@ -365,16 +366,7 @@ impl SlotState {
     /// Copies what there is, beside everything else.
     fn begin_copy(&mut self, me: &ActorRef<SlotMessage>, transfer: TransferId, to: DiskId) {
         let (shared, slot, me) = (self.shared.clone(), self.slot, me.clone());
-        let progress = MoveProgress {
-            slot,
-            to,
-            phase: "copying",
-            rows_left: 0,
-            rows_sent: 0,
-            since: Instant::now(),
-            trouble: None,
-        };
-        shared.moves.lock().insert(slot, progress);
+        shared.moves.lock().insert(slot, MoveProgress::new(slot, to, shared.rows_of(slot)));
         shared.feed.tell(ClusterEvent::MoveStarted { slot, to: shared.name_of(to) });
         let task = tokio::spawn(async move {
             let copy = copy_all(&shared, slot, transfer, to).await;
@@ -393,7 +385,7 @@ impl SlotState {
         match copy {
             // What is being erased changes under the copy.
             Ok(Caught { copy, leave }) if !copy.is_stale() && !self.shared.slots.is_erasing(self.slot) => {
-                (self.copy, self.leave) = (Some(copy), Some(leave));
+                (self.copy, self.leave) = (Some(copy), leave);
                 self.put_in(me, Input::Seal).await;
             }
             Ok(_) => {
@@ -511,10 +503,13 @@ impl SlotState {
 async fn copy_all(shared: &Shared, slot: Slot, transfer: TransferId, to: DiskId) -> Result<Caught, String> {
     let mut copy = Box::new(shared.slots.copy(slot).await.map_err(|error| error.to_string())?);
     catch_up(shared, slot, transfer, to, &mut copy).await?;
+    if shared.moves.lock().get(&slot).is_some_and(MoveProgress::is_empty) {
+        return Ok(Caught { copy, leave: None });
+    }
     let leave = shared.sealing.clone().acquire_owned().await.map_err(|error| error.to_string())?;
     // What came while others were sealed.
     catch_up(shared, slot, transfer, to, &mut copy).await?;
-    Ok(Caught { copy, leave })
+    Ok(Caught { copy, leave: Some(leave) })
 }
 
 async fn catch_up(

@@ -835,7 +835,7 @@ mod tests {
     async fn a_slot_that_leaves_is_sound_at_every_step_and_beside_a_look_at_it() {
         let (giver, receiver) = (giver().await, TestShard::without_slots().await);
         let transfer = TransferId([7; 16]);
-        let report = giver.verify(&mut Meanwhile(Some(async { drop(hand_over(&giver, &receiver, 7).await) }))).await;
+        let report = giver.verify(&mut Meanwhile(Some(async { _ = hand_over(&giver, &receiver, 7).await }))).await;
         let report = report.unwrap();
         assert!(report.is_clean() && report.changed_slots == [slot()], "{report:?}");
 
