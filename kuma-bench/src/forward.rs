@@ -13,12 +13,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     Common,
-    frame::{Figures, Frame},
+    frame::{self, Figures},
     load,
     nodes::{Cluster, SHARDS},
     progress::Progress,
     tasks,
-    usage::{Machine, Usage},
+    usage::Usage,
 };
 
 #[derive(Clone, Debug, clap::Args, Serialize)]
@@ -69,16 +69,10 @@ impl Entity for Count {
 
 pub(crate) async fn run(mut args: ForwardArgs) -> Result<()> {
     let base = args.common.prepare()?;
-    let (mut runs, mut durability) = (Vec::new(), String::new());
-    for run in 1..=args.common.runs {
-        let progress = Progress::of_run(run, args.common.runs);
-        let (figures, lasts) = one_run(&args, &base, &progress).await.with_context(|| format!("run {run}"))?;
-        durability = lasts;
-        runs.push(figures);
-    }
     args.common.shards = args.common.shards.or(Some(SHARDS));
-    let json = args.common.json.clone();
-    Frame::new("forward", durability, Machine::this(&base), serde_json::to_value(&args)?, runs).publish(json.as_deref())
+    let params = serde_json::to_value(&args)?;
+    frame::publish_runs("forward", &args.common, &base, params, async |progress| one_run(&args, &base, progress).await)
+        .await
 }
 
 async fn one_run(args: &ForwardArgs, base: &Path, progress: &Progress) -> Result<(Figures, String)> {

@@ -11,7 +11,7 @@ use anyhow::{Context, Result};
 use comfy_table::{Cell, CellAlignment, Table, presets};
 use serde::{Serialize, Serializer};
 
-use crate::usage::Machine;
+use crate::{Common, progress::Progress, usage::Machine};
 
 /// Named numbers, in the order in which they are shown.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -97,6 +97,24 @@ impl Frame {
         text.push('\n');
         fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
     }
+}
+
+/// Measures as often as is wanted, and publishes the figures of all runs. `one_run` also says what an acknowledgement means.
+pub(crate) async fn publish_runs(
+    command: &'static str,
+    common: &Common,
+    base: &Path,
+    params: serde_json::Value,
+    mut one_run: impl AsyncFnMut(&Progress) -> Result<(Figures, String)>,
+) -> Result<()> {
+    let (mut runs, mut durability) = (Vec::new(), String::new());
+    for run in 1..=common.runs {
+        let progress = Progress::of_run(run, common.runs);
+        let (figures, lasts) = one_run(&progress).await.with_context(|| format!("run {run}"))?;
+        durability = lasts;
+        runs.push(figures);
+    }
+    Frame::new(command, durability, Machine::this(base), params, runs).publish(common.json.as_deref())
 }
 
 /// The median of each figure that every run has.

@@ -13,7 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Result, bail, ensure};
 use hdrhistogram::Histogram;
 use kuma_cluster::{Node, NodeOptions};
 use kuma_core::{Command, Entity, ExecuteError, SLOTS};
@@ -22,12 +22,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     Common,
-    frame::{Figures, Frame},
+    frame::{self, Figures},
     load,
     nodes::{Cluster, PATIENCE, SHARDS},
     progress::Progress,
-    tasks,
-    usage::{self, Machine},
+    tasks, usage,
 };
 
 #[derive(Clone, Debug, clap::Args, Serialize)]
@@ -105,16 +104,10 @@ const BEFORE: Duration = Duration::from_secs(5);
 
 pub(crate) async fn run(mut args: HandoffArgs) -> Result<()> {
     let base = args.common.prepare()?;
-    let (mut runs, mut durability) = (Vec::new(), String::new());
-    for run in 1..=args.common.runs {
-        let progress = Progress::of_run(run, args.common.runs);
-        let (figures, lasts) = one_run(&args, &base, &progress).await.with_context(|| format!("run {run}"))?;
-        durability = lasts;
-        runs.push(figures);
-    }
     args.common.shards = args.common.shards.or(Some(SHARDS));
-    let json = args.common.json.clone();
-    Frame::new("handoff", durability, Machine::this(&base), serde_json::to_value(&args)?, runs).publish(json.as_deref())
+    let params = serde_json::to_value(&args)?;
+    frame::publish_runs("handoff", &args.common, &base, params, async |progress| one_run(&args, &base, progress).await)
+        .await
 }
 
 /// What clients did.

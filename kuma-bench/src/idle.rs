@@ -2,15 +2,15 @@
 
 use std::{path::Path, time::Duration};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use serde::Serialize;
 
 use crate::{
     Common,
-    frame::{Figures, Frame},
+    frame::{self, Figures},
     nodes::{Cluster, SHARDS},
     progress::Progress,
-    usage::{self, Machine, Usage},
+    usage::{self, Usage},
 };
 
 #[derive(Clone, Debug, clap::Args, Serialize)]
@@ -31,16 +31,10 @@ const REST: Duration = Duration::from_secs(5);
 
 pub(crate) async fn run(mut args: IdleArgs) -> Result<()> {
     let base = args.common.prepare()?;
-    let (mut runs, mut durability) = (Vec::new(), String::new());
-    for run in 1..=args.common.runs {
-        let progress = Progress::of_run(run, args.common.runs);
-        let (figures, lasts) = one_run(&args, &base, &progress).await.with_context(|| format!("run {run}"))?;
-        durability = lasts;
-        runs.push(figures);
-    }
     args.common.shards = args.common.shards.or(Some(SHARDS));
-    let json = args.common.json.clone();
-    Frame::new("idle", durability, Machine::this(&base), serde_json::to_value(&args)?, runs).publish(json.as_deref())
+    let params = serde_json::to_value(&args)?;
+    frame::publish_runs("idle", &args.common, &base, params, async |progress| one_run(&args, &base, progress).await)
+        .await
 }
 
 async fn one_run(args: &IdleArgs, base: &Path, progress: &Progress) -> Result<(Figures, String)> {

@@ -32,6 +32,7 @@ mod observe;
 mod operate;
 mod owner;
 mod plan;
+mod projections;
 mod registry;
 mod requests;
 pub mod ring;

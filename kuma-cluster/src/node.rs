@@ -38,6 +38,7 @@ use crate::{
     members::{Member, Members, NodeId, Standing},
     observe,
     owner::{self, Answer},
+    projections::Logs,
     registry::{MOVES_MAX, Registry, RegistryMessage},
     requests,
     shared::{ClusterState, MoveProgress, MoveTotals, STATE_FORMAT, Shared},
@@ -499,6 +500,7 @@ impl Node {
         // There is only this one.
         let _ = shared.transport.set(transport);
         slots.set_other_disks(Erasures::new(&shared));
+        slots.set_cluster_logs(Logs::new(&shared));
         for (slot, record) in slots.records() {
             if let Token::Released { epoch, to, is_taken, .. } = record.token {
                 shared.routes.note(slot, epoch, to);

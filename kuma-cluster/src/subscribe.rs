@@ -21,7 +21,7 @@ use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque},
     sync::{
         Arc, Weak,
-        atomic::{AtomicU32, AtomicU64, Ordering::SeqCst},
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::SeqCst},
     },
     time::{Duration, Instant, SystemTime},
     vec,
@@ -32,8 +32,8 @@ use futures_util::{
     stream::{self, Stream},
 };
 use kuma_core::{
-    Delivery, DiskId, Erased, FedItem, FeedAnswer, FeedAsk, FeedPart, Filter, SLOTS, Slot, SlotEnds, StoredEvent,
-    Unreadable,
+    ClusterGauge, Delivery, DiskId, Erased, FedItem, FeedAnswer, FeedAsk, FeedPart, Filter, SLOTS, Slot, SlotEnds,
+    StoredEvent, Unreadable,
 };
 use parking_lot::Mutex;
 use tokio::{
@@ -159,6 +159,7 @@ struct Source {
     disk: DiskId,
     /// Counts how often it is read from its beginning because something was missing.
     scan: AtomicU32,
+    has_answered: AtomicBool,
     behind: AtomicU64,
     trouble: Mutex<Option<(String, Instant)>>,
 }
@@ -177,6 +178,47 @@ struct Answer {
     parts: VecDeque<FeedPart>,
     /// Given back with it.
     _room: OwnedSemaphorePermit,
+}
+
+/// Says how far behind a subscription is.
+pub(crate) struct Gauge {
+    shared: Weak<Shared>,
+    common: Arc<Common>,
+}
+
+impl Gauge {
+    fn name_of(&self, source: &Source) -> String {
+        self.shared.upgrade().map_or_else(|| format!("disk {}", source.disk), |shared| shared.name_of(source.disk))
+    }
+}
+
+impl ClusterGauge for Gauge {
+    fn commits_behind(&self) -> Result<u64, String> {
+        let sources = self.common.sources.lock();
+        let behind = |source: &Arc<Source>| match (source.has_answered.load(SeqCst), &*source.trouble.lock()) {
+            (true, _) => Ok(source.behind.load(SeqCst)),
+            (false, Some((why, _))) => Err(format!("node {} cannot be read yet: {why}", self.name_of(source))),
+            (false, None) => Err(format!("node {} has not answered yet", self.name_of(source))),
+        };
+        match sources.is_empty() {
+            true => Err("no node has been asked yet".to_owned()),
+            false => sources.values().map(behind).sum(),
+        }
+    }
+
+    fn cut_off_for(&self) -> Option<Duration> {
+        let sources = self.common.sources.lock();
+        sources.values().filter_map(|source| Some(source.trouble.lock().as_ref()?.1.elapsed())).max()
+    }
+}
+
+/// What a subscription has.
+enum Ready {
+    /// It is to be told first.
+    Erased(Erased),
+    /// The current answer can be handed out.
+    Answer,
+    Nothing,
 }
 
 /// An answer that is being handed out.
@@ -283,17 +325,44 @@ impl Subscription {
     /// Cancel safe: nothing is lost.
     pub async fn next(&mut self) -> Result<Delivery, SubscribeError> {
         loop {
-            if let Some(failed) = &self.failed {
-                return Err(failed.clone().into());
+            match self.ready().await? {
+                Ready::Erased(erased) => return Ok(Delivery::Erased(erased)),
+                Ready::Answer => match self.hand_out() {
+                    Some(delivery) => return Ok(delivery),
+                    None => self.current = None,
+                },
+                Ready::Nothing => self.wait().await?,
             }
-            let ready = self.ready().await;
-            if self.shared.is_closing.load(SeqCst) && !matches!(ready, Ok(Some(_))) {
-                return Err(SubscribeError::ShuttingDown);
+        }
+    }
+
+    /// Whole commits of what comes next, and up to where that goes; waits until there is something. Not to be mixed with [`Subscription::next`].
+    ///
+    /// # Cancel safety
+    /// Cancel safe: nothing is lost.
+    pub(crate) async fn page(&mut self) -> Result<(Vec<FedItem>, Vec<(Slot, u64)>), SubscribeError> {
+        loop {
+            match self.ready().await? {
+                // Whoever wants whole commits has the ledger for that.
+                Ready::Erased(_) => {}
+                Ready::Answer => {
+                    let (before, mut items) = (self.common.seqs(), Vec::new());
+                    while let Some(item) = self.next_item() {
+                        if let Some((slot, seq)) = item.place() {
+                            self.common.pass(slot, seq);
+                        }
+                        items.push(item);
+                    }
+                    self.current = None;
+                    let after = (0..).map(Slot::new).zip(self.common.seqs());
+                    let passed = after.zip(before).filter(|((_, after), before)| after > before);
+                    let passed: Vec<(Slot, u64)> = passed.map(|(passed, _)| passed).collect();
+                    if !passed.is_empty() || !items.is_empty() {
+                        return Ok((items, passed));
+                    }
+                }
+                Ready::Nothing => self.wait().await?,
             }
-            if let Some(delivery) = ready? {
-                return Ok(delivery);
-            }
-            self.wait().await?;
         }
     }
 
@@ -321,6 +390,11 @@ impl Subscription {
             trouble: source.trouble.lock().clone(),
         };
         self.common.sources.lock().values().map(status).collect()
+    }
+
+    /// Says how far behind it is, also while it is being read.
+    pub(crate) fn gauge(&self) -> Gauge {
+        Gauge { shared: Arc::downgrade(&self.shared), common: self.common.clone() }
     }
 
     /// Slots whose events wait for their owners, which are out of reach or not known yet.
@@ -357,7 +431,18 @@ impl Subscription {
     }
 
     /// What can be handed out now.
-    async fn ready(&mut self) -> Result<Option<Delivery>, SubscribeError> {
+    async fn ready(&mut self) -> Result<Ready, SubscribeError> {
+        if let Some(failed) = &self.failed {
+            return Err(failed.clone().into());
+        }
+        let ready = self.look().await;
+        match self.shared.is_closing.load(SeqCst) && !matches!(ready, Ok(Ready::Erased(_) | Ready::Answer)) {
+            true => Err(SubscribeError::ShuttingDown),
+            false => ready,
+        }
+    }
+
+    async fn look(&mut self) -> Result<Ready, SubscribeError> {
         loop {
             if self.told.has_changed().unwrap_or(false) {
                 self.told.mark_unchanged();
@@ -366,21 +451,17 @@ impl Subscription {
             self.learn_erasures().await?;
             if let Some((number, erased)) = self.notices.pop_front() {
                 self.checkpoint.told.1 = number;
-                return Ok(Some(Delivery::Erased(erased)));
+                return Ok(Ready::Erased(erased));
             }
             if self.current.is_none() {
-                return Ok(None);
+                return Ok(Ready::Nothing);
             }
             self.check().await?;
             if self.checkpoint.told.1 < self.told_first {
-                return Ok(None);
+                return Ok(Ready::Nothing);
             }
-            if self.told.has_changed().unwrap_or(false) {
-                continue;
-            }
-            match self.hand_out() {
-                Some(delivery) => return Ok(Some(delivery)),
-                None => self.current = None,
+            if !self.told.has_changed().unwrap_or(false) {
+                return Ok(Ready::Answer);
             }
         }
     }
@@ -442,15 +523,10 @@ impl Subscription {
 
     /// The next of the current answer; none at its end.
     fn hand_out(&mut self) -> Option<Delivery> {
-        let current = self.current.as_mut()?;
         loop {
-            if current.part.is_none() {
-                let part = current.answer.parts.pop_front()?;
-                current.part =
-                    Some(begin_part(&self.shared, &self.common, &mut self.checkpoint, &current.answer, part));
-            }
-            let Some(part) = &mut current.part else { return None };
-            if let Some(rest) = &mut part.commit {
+            if let Some(part) = self.current.as_mut()?.part.as_mut()
+                && let Some(rest) = &mut part.commit
+            {
                 let event = rest.events.next();
                 if rest.events.len() == 0 {
                     self.common.pass(rest.place.0, rest.place.1);
@@ -461,32 +537,47 @@ impl Subscription {
                     None => continue,
                 }
             }
-            match part.items.next() {
-                Some(FedItem::Commit(commit)) => {
+            match self.next_item()? {
+                FedItem::Commit(commit) => {
                     let (place, key_id) = ((commit.slot, commit.seq), commit.key_id);
                     let events: Vec<StoredEvent> = commit.into_events().collect();
-                    part.commit = Some(Rest { place, key_id, events: events.into_iter() });
+                    let rest = Rest { place, key_id, events: events.into_iter() };
+                    self.current.as_mut()?.part.as_mut()?.commit = Some(rest);
                 }
-                Some(FedItem::Unreadable(place, unreadable)) => {
+                FedItem::Unreadable(place, unreadable) => {
                     if let Some((slot, seq)) = place {
                         self.common.pass(slot, seq);
                     }
                     return Some(Delivery::Unreadable(unreadable));
                 }
-                None => {
-                    for (slot, seq) in part.passed.drain(..) {
-                        self.common.pass(slot, seq);
-                    }
-                    let (shard, last) = (usize::from(part.shard), part.last);
-                    let Answer { source, scan, .. } = &current.answer;
-                    if source.scan.load(SeqCst) == *scan {
-                        let positions = self.checkpoint.positions.entry(source.disk).or_default();
-                        positions.resize(positions.len().max(shard + 1), 0);
-                        positions[shard] = last;
-                    }
-                    current.part = None;
-                }
             }
+        }
+    }
+
+    /// The next item of the current answer, which does not count as handed out yet; none at its end.
+    fn next_item(&mut self) -> Option<FedItem> {
+        let current = self.current.as_mut()?;
+        loop {
+            if current.part.is_none() {
+                let part = current.answer.parts.pop_front()?;
+                current.part =
+                    Some(begin_part(&self.shared, &self.common, &mut self.checkpoint, &current.answer, part));
+            }
+            let Some(part) = &mut current.part else { return None };
+            if let Some(item) = part.items.next() {
+                return Some(item);
+            }
+            for (slot, seq) in part.passed.drain(..) {
+                self.common.pass(slot, seq);
+            }
+            let (shard, last) = (usize::from(part.shard), part.last);
+            let Answer { source, scan, .. } = &current.answer;
+            if source.scan.load(SeqCst) == *scan {
+                let positions = self.checkpoint.positions.entry(source.disk).or_default();
+                positions.resize(positions.len().max(shard + 1), 0);
+                positions[shard] = last;
+            }
+            current.part = None;
         }
     }
 }
@@ -578,6 +669,7 @@ async fn read_all(shared: Weak<Shared>, common: Arc<Common>, sender: mpsc::Unbou
                 let source = Arc::new(Source {
                     disk,
                     scan: AtomicU32::new(0),
+                    has_answered: AtomicBool::new(false),
                     behind: AtomicU64::new(0),
                     trouble: Mutex::default(),
                 });
@@ -692,6 +784,7 @@ async fn read_one(shared: Weak<Shared>, common: Arc<Common>, source: Arc<Source>
         };
         cursor.take_in(&answer);
         source.behind.store(cursor.behind(&answer.ends), SeqCst);
+        source.has_answered.store(true, SeqCst);
         let is_troubled = !answer.troubles.is_empty();
         match answer.troubles.first() {
             Some((shard, why)) => source.in_trouble(format!("shard {shard}: {why}")),
@@ -762,16 +855,11 @@ async fn now(shared: &Arc<Shared>) -> Result<(Vec<u64>, BTreeMap<DiskId, Vec<u64
     loop {
         // Positions first: whatever is before them is before the seqs that are asked for then, wherever it goes meanwhile.
         let positions = ends_of_all(shared).await;
-        let (mut seqs, mut known) = (vec![0; usize::from(SLOTS)], HashSet::new());
-        for (slot, end) in ends_of_all(shared).await.into_iter().flat_map(|(_, ends)| ends.slots) {
-            if let Some(seq) = seqs.get_mut(usize::from(slot.number())) {
-                *seq = end.max(*seq);
-                known.insert(slot);
+        let slot = match seqs_now(shared).await {
+            Ok(seqs) => {
+                return Ok((seqs, positions.into_iter().map(|(disk, ends)| (disk, ends.positions)).collect()));
             }
-        }
-        let missing = (0..u64::from(SLOTS)).map(Slot::new).find(|slot| !known.contains(slot));
-        let Some(slot) = missing else {
-            return Ok((seqs, positions.into_iter().map(|(disk, ends)| (disk, ends.positions)).collect()));
+            Err(slot) => slot,
         };
         if shared.is_closing.load(SeqCst) {
             return Err(SubscribeError::ShuttingDown);
@@ -782,6 +870,21 @@ async fn now(shared: &Arc<Shared>) -> Result<(Vec<u64>, BTreeMap<DiskId, Vec<u64
         }
         // It is on its way, or its owner is.
         tokio::time::sleep(AGAIN[0]).await;
+    }
+}
+
+/// By slot, the seq of its last commit; or a slot whose owner cannot be asked.
+pub(crate) async fn seqs_now(shared: &Arc<Shared>) -> Result<Vec<u64>, Slot> {
+    let (mut seqs, mut known) = (vec![0; usize::from(SLOTS)], HashSet::new());
+    for (slot, end) in ends_of_all(shared).await.into_iter().flat_map(|(_, ends)| ends.slots) {
+        if let Some(seq) = seqs.get_mut(usize::from(slot.number())) {
+            *seq = end.max(*seq);
+            known.insert(slot);
+        }
+    }
+    match (0..u64::from(SLOTS)).map(Slot::new).find(|slot| !known.contains(slot)) {
+        Some(missing) => Err(missing),
+        None => Ok(seqs),
     }
 }
 

@@ -36,7 +36,7 @@ use crate::{
     erasure::EraserMessage,
     feed::{FeedItem, read_one},
     micros,
-    model_query::lag,
+    model_query::lag_behind,
     projection::is_name,
     store::Inner,
 };
@@ -233,7 +233,7 @@ impl Kuma {
             let Some(shared) = shared else { continue };
             let (parked, positions) =
                 shared.with(|file| Ok((file.parked()?.len() as u64, positions(file, self.open_shards().count())?)))?;
-            let (commits_behind, lag) = lag(&self.inner, &positions).await;
+            let (commits_behind, lag) = lag_behind(&self.inner, &positions).await;
             let is_consumed = !shared.consumers.lock().is_empty();
             let filter = shared.filter.clone();
             found.push(SubscriptionStatus { name, filter, is_consumed, lag, commits_behind, parked });

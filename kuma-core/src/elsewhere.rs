@@ -10,7 +10,7 @@ use futures_util::future::BoxFuture;
 use kuma_shard::{EntityHash, Purged, ReceiptRow, Slot, Tombstone};
 use serde::{Deserialize, Serialize};
 
-use crate::{SlotError, erasure::EraserMessage, projector::PurgedLife, slots::Slots};
+use crate::{ClusterLogs, SlotError, erasure::EraserMessage, projector::PurgedLife, slots::Slots};
 
 /// Tombstones that are carried out together.
 const TOGETHER: usize = 256;
@@ -118,6 +118,11 @@ impl Slots {
     /// From now on an erasure is complete when these have had their part in it.
     pub fn set_other_disks(&self, others: Arc<dyn OtherDisks>) {
         self.inner.set_other_disks(others);
+    }
+
+    /// From now on projections are fed with these.
+    pub fn set_cluster_logs(&self, logs: Arc<dyn ClusterLogs>) {
+        self.inner.set_cluster_logs(logs);
     }
 
     /// Has the eraser go on with what is not finished.

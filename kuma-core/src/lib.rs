@@ -45,6 +45,7 @@ mod audit;
 mod backup;
 mod body;
 mod checkpoint;
+mod cluster_logs;
 mod command;
 mod durable;
 mod elsewhere;
@@ -68,6 +69,7 @@ mod ledger;
 mod left_out;
 mod live;
 mod model_dir;
+mod model_page;
 mod model_query;
 mod ndjson;
 mod observe;
@@ -113,6 +115,7 @@ pub use backup::{
     },
 };
 pub use checkpoint::{Checkpoint, CheckpointError};
+pub use cluster_logs::{ClusterGauge, ClusterLogs, ClusterPage, ClusterPlace, ClusterReader};
 pub use command::{Command, ExecuteError, Executed};
 pub use durable::{DurableError, DurableSubscription, OpenDurable, Parked, SubscriptionStatus};
 pub use elsewhere::{Elsewhere, ErasedLife, OtherDisks, ToldReceipt};

@@ -20,7 +20,12 @@ use kuma_shard::{
 use parking_lot::Mutex;
 use tokio::sync::Semaphore;
 
-use crate::{Kuma, ModelBuild, ProjectionError, projections::ProjectionHandle, store::Inner};
+use crate::{
+    Kuma, ModelBuild, ProjectionError,
+    projections::ProjectionHandle,
+    projector::{ProjectorView, by_log},
+    store::Inner,
+};
 
 /// Queries of one model that are answered at a time; the others wait.
 const QUERIES_AT_ONCE: usize = 4;
@@ -30,9 +35,10 @@ const QUERIES_AT_ONCE: usize = 4;
 pub struct AsOf {
     /// The model that answered.
     pub model: ModelBuild,
-    /// The age of the oldest event that was durable when it was answered and is not in the answer; zero if there is none.
+    /// The age of the oldest event that was durable when it was answered and is not in the answer; zero if there is none. In a cluster: for how long
+    /// the model has not had all that is known, or a node has been out of reach.
     pub lag: Duration,
-    /// Commits that were durable when it was answered and are not in the answer, of whatever kind.
+    /// Commits that were durable when it was answered and are not in the answer, of whatever kind; in a cluster as of a moment before.
     pub commits_behind: u64,
 }
 
@@ -199,13 +205,11 @@ impl<'a> Query<'a> {
         let answer = tokio::task::spawn_blocking(move || asked.answer(&sql, &parameters, &limits, watched));
         let answer = answer.await.map_err(|_| ProjectionError::ShuttingDown)??;
         let QueryAnswer { columns, rows, truncated, positions } = answer;
-        let mut at = vec![0; projection.shards()];
-        for (shard, position) in positions {
-            if let Some(place) = at.get_mut(usize::from(shard)) {
-                *place = position;
-            }
-        }
-        let (commits_behind, lag) = lag(&store, &at).await;
+        let (commits_behind, lag) = match projection.serving_view() {
+            // Where other nodes' logs end now it would have to ask them.
+            Some(view) if store.is_clustered() => view.wide_lag(),
+            _ => lag_behind(&store, &by_log(positions, projection.shards())).await,
+        };
         Ok(Answer { columns, rows, truncated, as_of: AsOf { model: model.build, lag, commits_behind } })
     }
 }
@@ -220,8 +224,17 @@ impl Drop for GivenUp {
     }
 }
 
-/// How many commits are behind these positions, and how old the oldest of them is.
-pub(crate) async fn lag(store: &Arc<Inner>, positions: &[u64]) -> (u64, Duration) {
+/// How many commits a model is behind, and for how long.
+pub(crate) async fn lag(store: &Arc<Inner>, view: &ProjectorView) -> (u64, Duration) {
+    if store.is_clustered() {
+        return view.wide_lag();
+    }
+    let positions = view.positions.borrow().clone();
+    lag_behind(store, &positions).await
+}
+
+/// How many commits are behind these positions of this store's shards, and how old the oldest of them is.
+pub(crate) async fn lag_behind(store: &Arc<Inner>, positions: &[u64]) -> (u64, Duration) {
     let kuma = Kuma { inner: store.clone() };
     let (mut behind, mut oldest_us) = (0, i64::MAX);
     for ((_, core), position) in kuma.open_shards().zip(positions) {

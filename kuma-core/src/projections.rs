@@ -36,9 +36,9 @@ pub(crate) use purge::{HeldRows, PurgedModel, held_rows};
 use crate::{
     ErasureRule, Kuma, Projection, ProjectionState,
     model_dir::{ModelBuild, ModelDir},
-    model_query::{Query, ServedModel, lag, open},
+    model_query::{Query, ServedModel, lag, lag_behind, open},
     projection::is_name,
-    projector::{ProjectorView, PurgedLife},
+    projector::{ProjectorView, PurgedLife, behind, by_log},
     root::DONE,
     store::Inner,
 };
@@ -47,13 +47,15 @@ use crate::{
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ProjectionError {
-    /// The store is a node's, which has some of the cluster's slots, and others tomorrow.
+    /// Not every node of the cluster can be asked how far its logs go.
     #[error(
-        "projection {name}: this store is a node of a cluster and has a part of its events only; keep a read model of your own, fed by Node::subscribe"
+        "projection {name}: how far the logs of the cluster go is not known ({why}); ask again when its nodes are in reach"
     )]
-    Clustered {
+    OutOfReach {
         /// The projection.
         name: String,
+        /// Why.
+        why: String,
     },
     /// Its definition cannot be used.
     #[error("projection {name}: {reason}")]
@@ -133,7 +135,8 @@ pub struct ProjectionStatus {
     pub building: Option<ModelStatus>,
     /// The model that was served before.
     pub previous: Option<ModelBuild>,
-    /// The age of the oldest event that the model that is served has not applied.
+    /// The age of the oldest event that the model that is served has not applied. In a cluster: for how long it has not had all that is known, or a
+    /// node has been out of reach, so that what it has is missing.
     pub lag: Duration,
     /// Commits behind the model that is served, wanted or not.
     pub commits_behind: u64,
@@ -188,6 +191,9 @@ struct View {
 impl Kuma {
     /// Registers a projection, or a newer version of one, and begins to feed it. Returns at once; see [`ProjectionHandle::caught_up`].
     ///
+    /// On a node of a cluster it is fed with the events of all nodes, wherever slots go, and this node has the whole model; each node that is to
+    /// answer queries of it registers it for itself.
+    ///
     /// Register the Rust types of kinds with upcasters first ([`Kuma::register`]).
     ///
     /// ```
@@ -230,9 +236,6 @@ impl Kuma {
         let inner = &self.inner;
         if inner.is_closing() {
             return Err(ProjectionError::ShuttingDown);
-        }
-        if inner.is_clustered() {
-            return Err(ProjectionError::Clustered { name });
         }
         let projections = inner.projections();
         let _one_at_a_time = projections.registering.lock().await;
@@ -342,13 +345,12 @@ impl ProjectionHandle {
             state: view.map(|view| view.state()),
             events: view.map_or(0, |view| view.events.load(Relaxed)),
         };
-        let positions = match (&serving, &building) {
-            (Some((_, Some(view))), _) | (None, Some((_, view))) => view.positions.borrow().clone(),
+        let (commits_behind, lag) = match (&serving, &building) {
+            (Some((_, Some(view))), _) | (None, Some((_, view))) => lag(&store, view).await,
             // It stands still.
-            (Some((model, None)), _) => self.positions_of(&store, *model).await?,
-            (None, None) => vec![0; self.shared.shards],
+            (Some((model, None)), _) => self.lag_of(&store, *model).await?,
+            (None, None) => (0, Duration::ZERO),
         };
-        let (commits_behind, lag) = lag(&store, &positions).await;
         Ok(ProjectionStatus {
             name: self.shared.name.clone(),
             version,
@@ -360,28 +362,54 @@ impl ProjectionHandle {
         })
     }
 
-    /// How far a model has read that nobody feeds.
-    async fn positions_of(&self, store: &Arc<Inner>, model: ModelBuild) -> Result<Vec<u64>, ProjectionError> {
+    /// How far a model is behind that nobody feeds, and for how long it has been.
+    async fn lag_of(&self, store: &Arc<Inner>, model: ModelBuild) -> Result<(u64, Duration), ProjectionError> {
         let path = ModelDir::of(store.data_dir(), &self.shared.name).file(model);
-        let (options, mut positions) = (store.file_options().clone(), vec![0; self.shared.shards]);
-        let read = blocking(move || ModelFile::open(&path, &options)?.positions()).await?;
-        for (shard, (position, _)) in read {
-            if let Some(at) = positions.get_mut(usize::from(shard)) {
-                *at = position;
+        let (options, is_clustered) = (store.file_options().clone(), store.is_clustered());
+        let changed = std::fs::metadata(&path).and_then(|file| file.modified());
+        let read = blocking(move || {
+            let file = ModelFile::open(&path, &options)?;
+            match is_clustered {
+                true => file.seqs(),
+                false => Ok(file.positions()?.into_iter().map(|(shard, (position, _))| (shard, position)).collect()),
             }
+        });
+        let ends = self.ends(store).await?;
+        let positions = by_log(read.await?, ends.len());
+        if !is_clustered {
+            return Ok(lag_behind(store, &positions).await);
         }
-        Ok(positions)
+        let behind = behind(&ends, &positions);
+        let age = changed.ok().and_then(|changed| changed.elapsed().ok()).unwrap_or_default();
+        Ok((behind, if behind == 0 { Duration::ZERO } else { age }))
+    }
+
+    /// How far the logs go that it is fed with: of each shard, or in a cluster of each slot.
+    async fn ends(&self, store: &Arc<Inner>) -> Result<Vec<u64>, ProjectionError> {
+        log_ends(store).await.map_err(|why| ProjectionError::OutOfReach { name: self.shared.name.clone(), why })
     }
 
     /// Returns when the model of the current version is served and has applied everything that was durable when this was called.
     ///
     /// # Errors
-    /// [`ProjectionError::Behind`] if that takes longer than `time_max`.
+    /// [`ProjectionError::Behind`] if that takes longer than `time_max`; [`ProjectionError::OutOfReach`] if it was not known for so long how far
+    /// the logs go.
     /// # Cancel safety
     /// Cancel safe.
     pub async fn caught_up(&self, time_max: Duration) -> Result<(), ProjectionError> {
-        let store = self.store()?;
-        let ends = Kuma { inner: store }.log_ends().map_err(|error| self.definition_error(&error))?;
+        let until = tokio::time::Instant::now() + time_max;
+        let ends = loop {
+            let store = self.store()?;
+            match self.ends(&store).await {
+                Ok(ends) => break ends,
+                // A slot that is on its way is nobody's for a moment.
+                Err(_) if store.is_clustered() && tokio::time::Instant::now() < until => {
+                    drop(store);
+                    tokio::time::sleep(LOOK_AGAIN).await;
+                }
+                Err(error) => return Err(error),
+            }
+        };
         let all_reached = async {
             loop {
                 let serving = {
@@ -399,7 +427,7 @@ impl ProjectionHandle {
                 }
             }
         };
-        match tokio::time::timeout(time_max, all_reached).await {
+        match tokio::time::timeout_at(until, all_reached).await {
             Ok(()) => Ok(()),
             Err(_) => {
                 let (name, state) = (self.shared.name.clone(), self.state_text());
@@ -488,6 +516,11 @@ impl ProjectionHandle {
         self.shared.shards
     }
 
+    /// What is told of the model that is served, if it is fed.
+    pub(crate) fn serving_view(&self) -> Option<Arc<ProjectorView>> {
+        self.shared.view.lock().serving.as_ref().and_then(|(_, view)| view.clone())
+    }
+
     pub(crate) fn not_ready(&self) -> ProjectionError {
         ProjectionError::NotReady { name: self.shared.name.clone(), state: self.state_text() }
     }
@@ -500,10 +533,6 @@ impl ProjectionHandle {
             Some(state) => state.to_string(),
             None => "its code is not registered".to_owned(),
         }
-    }
-
-    fn definition_error(&self, error: &dyn std::fmt::Display) -> ProjectionError {
-        ProjectionError::Definition { name: self.shared.name.clone(), reason: error.to_string() }
     }
 
     async fn ask<T>(
@@ -527,7 +556,10 @@ impl std::fmt::Display for ProjectionState {
             ProjectionState::Paused => f.write_str("paused"),
             ProjectionState::Waiting { why } => write!(f, "waiting: {why}"),
             ProjectionState::Failed(failure) => {
-                write!(f, "failed at position {} of shard {}", failure.position, failure.shard)?;
+                match (failure.slot, failure.seq) {
+                    (Some(slot), Some(seq)) => write!(f, "failed at commit {seq} of slot {slot}")?,
+                    _ => write!(f, "failed at position {} of shard {}", failure.position, failure.shard)?,
+                }
                 match failure.entity {
                     Some(entity) => write!(f, ", entity {entity}"),
                     None => Ok(()),
@@ -572,6 +604,15 @@ impl Projections {
 
 /// How long it is waited for a model until it is looked at again what has become of it.
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
+
+/// How far logs go that models are fed with: of each shard, or in a cluster of each slot; or why that is not known, in words.
+async fn log_ends(store: &Arc<Inner>) -> Result<Vec<u64>, String> {
+    match store.cluster_logs().filter(|_| store.is_clustered()) {
+        Some(logs) => logs.ends().await,
+        None if store.is_clustered() => Err("this node does not take part in its cluster yet".to_owned()),
+        None => Kuma { inner: store.clone() }.log_ends().map_err(|error| error.to_string()),
+    }
+}
 
 /// Returns when all up to `ends` was applied; false if that will not be.
 async fn reached(view: &ProjectorView, ends: &[u64]) -> bool {

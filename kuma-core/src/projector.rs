@@ -20,7 +20,7 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use kuma_shard::{EntityHash, ModelError, ModelFile, ModelProgress, Purged, Skipped, Slot};
+use kuma_shard::{EntityHash, ModelError, ModelFile, Purged, SLOTS, Skipped, Slot};
 use parking_lot::Mutex;
 use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef};
 use tokio::{
@@ -30,8 +30,10 @@ use tokio::{
 
 use crate::{
     ApplyError, Filter, Projection, Version,
-    feed::{Fed, FeedFrom, FeedItem, FeedPage, PAGES_AHEAD, Standing, feed, guarded},
+    cluster_logs::{ClusterGauge, ClusterPlace, WideFed, feed_wide},
+    feed::{Fed, FeedFrom, PAGES_AHEAD, Standing, feed, guarded},
     micros,
+    model_page::{MARK, ModelItem, ModelPage, Reach},
     projection::is_passing,
     store::Inner,
 };
@@ -43,6 +45,8 @@ const UNDECIDED_WAIT: Duration = Duration::from_millis(10);
 /// When something passing was in the way; each time twice as long, up to some 30 s.
 const RETRY_AFTER: Duration = Duration::from_millis(250);
 const RETRIES_DOUBLED: u32 = 7;
+/// How often it is looked how far behind the logs of a cluster a model is, also when nothing comes.
+const SHOW_EVERY: Duration = Duration::from_millis(250);
 
 /// What a projection is doing.
 #[derive(Clone, Debug, PartialEq)]
@@ -72,9 +76,9 @@ pub enum ProjectionState {
 /// The event that a projection cannot apply.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ProjectionFailure {
-    /// The shard.
+    /// The shard; in a cluster, where shards are each node's own, the number of the slot.
     pub shard: u16,
-    /// The place of its commit in the shard's log.
+    /// The place of its commit in the shard's log; in a cluster in the slot's.
     pub position: u64,
     /// The slot, if it can be read.
     pub slot: Option<Slot>,
@@ -91,9 +95,21 @@ pub struct ProjectionFailure {
 /// What the projector tells about itself.
 pub(crate) struct ProjectorView {
     state: Mutex<ProjectionState>,
-    /// Of each shard, up to which position everything was applied.
+    /// Of each shard, up to which position everything was applied; in a cluster of each slot, up to which seq.
     pub(crate) positions: watch::Sender<Vec<u64>>,
     pub(crate) events: std::sync::atomic::AtomicU64,
+    /// In a cluster.
+    wide: Mutex<WideStanding>,
+}
+
+/// How far a model is behind the logs of a cluster, as of a moment ago.
+#[derive(Clone, Copy)]
+struct WideStanding {
+    left: u64,
+    /// When it had applied everything that was known.
+    caught_up_at: Instant,
+    /// Since when a node has not been reached.
+    cut_off_since: Option<Instant>,
 }
 
 impl ProjectorView {
@@ -104,12 +120,23 @@ impl ProjectorView {
     fn set(&self, state: ProjectionState) {
         *self.state.lock() = state;
     }
+
+    /// In a cluster: how many commits are left, and for how long at most the oldest of them has been.
+    pub(crate) fn wide_lag(&self) -> (u64, Duration) {
+        let WideStanding { left, caught_up_at, cut_off_since } = *self.wide.lock();
+        let late = if left == 0 { Duration::ZERO } else { caught_up_at.elapsed() };
+        (left, late.max(cut_off_since.map_or(Duration::ZERO, |since| since.elapsed())))
+    }
 }
 
 /// What a projector is asked.
 pub(crate) enum ProjectorMessage {
     /// From the feeds of a run: those of former ones are of no interest.
     Fed(u64, Box<Fed>),
+    /// The same of a cluster.
+    Wide(u64, Box<WideFed>),
+    /// Look how far behind it is, in that run.
+    Show(u64),
     /// Apply what has gathered.
     Apply,
     /// Begin to read.
@@ -187,7 +214,9 @@ pub(crate) struct ProjectorState {
     file: Option<ModelFile>,
     view: Arc<ProjectorView>,
     caught_up: Box<dyn Fn() + Send + Sync>,
-    pages: VecDeque<FeedPage>,
+    pages: VecDeque<ModelPage>,
+    /// Of the logs of a cluster, once they are read.
+    gauge: Option<Arc<dyn ClusterGauge>>,
     feeds: JoinSet<()>,
     run: u64,
     apply_queued: bool,
@@ -214,20 +243,30 @@ impl Projector {
 }
 
 impl ProjectorView {
-    /// Of a file as it was opened.
-    pub(crate) fn of(file: &ModelFile, shards: usize) -> Result<Arc<Self>, ModelError> {
-        let mut positions = vec![0; shards];
-        let mut events = 0;
-        for (shard, (position, applied)) in file.positions()? {
-            events += applied;
-            if let Some(at) = positions.get_mut(usize::from(shard)) {
-                *at = position;
-            }
-        }
+    /// Of a file as it was opened, for a store with so many shards, or for one of a cluster.
+    pub(crate) fn of(file: &ModelFile, shards: usize, is_clustered: bool) -> Result<Arc<Self>, ModelError> {
+        let applied = file.positions()?;
+        let events: u64 = applied.values().map(|(_, events)| events).sum();
+        let positions = match is_clustered {
+            true => by_log(file.seqs()?, SLOTS.into()),
+            false => by_log(applied.into_iter().map(|(shard, (position, _))| (shard, position)), shards),
+        };
         let state = Mutex::new(ProjectionState::CatchingUp { commits_left: 0, progress: 0.0, eta: None });
         let positions = watch::Sender::new(positions);
-        Ok(Arc::new(ProjectorView { state, positions, events: events.into() }))
+        let wide = WideStanding { left: 0, caught_up_at: Instant::now(), cut_off_since: None };
+        Ok(Arc::new(ProjectorView { state, positions, events: events.into(), wide: Mutex::new(wide) }))
     }
+}
+
+/// Places in logs, by the numbers of the logs.
+pub(crate) fn by_log(places: impl IntoIterator<Item = (u16, u64)>, logs: usize) -> Vec<u64> {
+    let mut by_log = vec![0; logs];
+    for (log, place) in places {
+        if let Some(at) = by_log.get_mut(usize::from(log)) {
+            *at = place;
+        }
+    }
+    by_log
 }
 
 impl Actor for Projector {
@@ -251,6 +290,7 @@ impl Actor for Projector {
             view,
             caught_up,
             pages: VecDeque::new(),
+            gauge: None,
             feeds: JoinSet::new(),
             run: 0,
             apply_queued: false,
@@ -273,12 +313,24 @@ impl Actor for Projector {
         match message {
             ProjectorMessage::Fed(run, fed) if run == state.run => match *fed {
                 Fed::Page(page) => {
-                    state.pages.push_back(page);
+                    state.pages.push_back(ModelPage::Shard(page));
                     state.queue_apply(&me);
                 }
                 Fed::Trouble { why, .. } => state.view.set(ProjectionState::Waiting { why }),
             },
-            ProjectorMessage::Fed(..) => {}
+            ProjectorMessage::Wide(run, fed) if run == state.run => match *fed {
+                WideFed::Reading(gauge) => {
+                    state.gauge = Some(gauge);
+                    state.look(&me);
+                }
+                WideFed::Page(page) => {
+                    state.pages.push_back(ModelPage::Cluster(page));
+                    state.queue_apply(&me);
+                }
+                WideFed::Trouble(why) => state.view.set(ProjectionState::Waiting { why }),
+            },
+            ProjectorMessage::Show(run) if run == state.run => state.look(&me),
+            ProjectorMessage::Fed(..) | ProjectorMessage::Wide(..) | ProjectorMessage::Show(_) => {}
             ProjectorMessage::Apply => {
                 state.apply_queued = false;
                 state.apply(&me).await;
@@ -352,6 +404,7 @@ impl ProjectorState {
         self.feeds = JoinSet::new();
         self.run += 1;
         self.pages.clear();
+        self.gauge = None;
     }
 
     /// Begins to read behind what was applied.
@@ -366,6 +419,9 @@ impl ProjectorState {
         let Some(inner) = self.store.upgrade() else { return };
         let kuma = crate::Kuma { inner };
         let positions = self.view.positions.borrow().clone();
+        if kuma.inner.is_clustered() {
+            return self.run_wide(me, &kuma.inner, positions);
+        }
         for ((_, core), after) in kuma.open_shards().zip(positions) {
             let Ok(core) = core else { continue };
             let from = FeedFrom { filter: self.filter.clone(), after, since_us: i64::MIN };
@@ -379,8 +435,53 @@ impl ProjectorState {
         self.show(&kuma);
     }
 
+    /// Begins to read the logs of a cluster behind what was applied.
+    fn run_wide(&mut self, me: &ActorRef<ProjectorMessage>, inner: &Arc<Inner>, seqs: Vec<u64>) {
+        let mark = self.file.as_ref().map_or(Ok(None), |file| file.meta(MARK));
+        let (Some(logs), Ok(mark)) = (inner.cluster_logs().cloned(), mark) else {
+            return self.wait(me, "the logs of the cluster, or the model's file, cannot be read".to_owned());
+        };
+        let (from, filter) = (ClusterPlace { seqs, mark }, (*self.filter).clone());
+        let (run, room, store) = (self.run, Arc::new(Semaphore::new(PAGES_AHEAD)), Arc::downgrade(inner));
+        let take = {
+            let me = me.clone();
+            move |fed| me.cast(ProjectorMessage::Wide(run, Box::new(fed))).is_ok()
+        };
+        self.feeds.spawn(feed_wide(store, logs, filter, from, room, take));
+        self.began = None;
+        self.view.set(ProjectionState::CatchingUp { commits_left: 0, progress: 0.0, eta: None });
+    }
+
+    /// Says how far it is behind the logs of a cluster, and looks again later.
+    fn look(&mut self, me: &ActorRef<ProjectorMessage>) {
+        let run = self.run;
+        me.send_after(SHOW_EVERY, move || ProjectorMessage::Show(run));
+        self.show_wide();
+    }
+
+    fn show_wide(&mut self) {
+        let Some(gauge) = self.gauge.as_ref().filter(|_| !self.held) else { return };
+        let waiting: u64 = self.pages.iter().map(|page| page.events() as u64).sum();
+        let left = gauge.commits_behind();
+        let cut_off_since = gauge.cut_off_for().and_then(|cut_off| Instant::now().checked_sub(cut_off));
+        let left = match left {
+            Ok(left) => left + waiting,
+            Err(why) => {
+                self.view.wide.lock().cut_off_since = cut_off_since;
+                return self.view.set(ProjectionState::Waiting { why });
+            }
+        };
+        let caught_up_at = if left == 0 { Instant::now() } else { self.view.wide.lock().caught_up_at };
+        *self.view.wide.lock() = WideStanding { left, caught_up_at, cut_off_since };
+        let applied: u64 = self.view.positions.borrow().iter().sum();
+        self.tell(left, applied + left);
+    }
+
     /// Says how far it is.
     fn show(&mut self, kuma: &crate::Kuma) {
+        if kuma.inner.is_clustered() {
+            return self.show_wide();
+        }
         let out_of_use = kuma.open_shards().find_map(|(shard, core)| Some((shard, core.err()?.to_owned())));
         if let Some((shard, why)) = out_of_use {
             let why = format!("shard {shard} is out of use, so that its events are missing: {why}");
@@ -388,6 +489,11 @@ impl ProjectorState {
         }
         let ends = kuma.log_ends().unwrap_or_default();
         let left = behind(&ends, &self.view.positions.borrow());
+        self.tell(left, ends.iter().sum());
+    }
+
+    /// Says that so many of `all` commits are left.
+    fn tell(&mut self, left: u64, all: u64) {
         // What has just come does not make it late.
         let was_live = matches!(self.view.state(), ProjectionState::Live);
         if left <= NEARLY || was_live && left <= LATE {
@@ -398,7 +504,6 @@ impl ProjectorState {
         let (since, total) = *self.began.get_or_insert((Instant::now(), left));
         let done = total.saturating_sub(left);
         let eta = (done > 0).then(|| since.elapsed().mul_f64(left as f64 / done as f64));
-        let all: u64 = ends.iter().sum();
         let progress = 1.0 - left as f64 / all.max(1) as f64;
         self.view.set(ProjectionState::CatchingUp { commits_left: left, progress, eta });
     }
@@ -408,21 +513,21 @@ impl ProjectorState {
         if self.held || self.failure.is_some() || self.paused {
             return;
         }
+        let Some(inner) = self.store.upgrade() else { return };
         let (mut batch, mut events) = (Vec::new(), 0);
         while let Some(page) = self.pages.front_mut().filter(|_| events < BATCH_EVENTS) {
-            match page.settle(|key_id| self.purged.contains(key_id)).await {
+            match page.settle(&inner, &self.purged).await {
                 Ok(Standing::Settled) => {}
                 Ok(Standing::Undecided) => {
                     me.send_after(UNDECIDED_WAIT, || ProjectorMessage::Apply);
                     break;
                 }
-                Err(error) => return self.wait(me, error.to_string()),
+                Err(why) => return self.wait(me, why),
             }
             events += page.events();
             batch.extend(self.pages.pop_front());
         }
         let Some(mut file) = (if batch.is_empty() { None } else { self.file.take() }) else { return };
-        let Some(inner) = self.store.upgrade() else { return self.file = Some(file) };
         let (definition, skips) = (self.definition.clone(), self.skips.clone());
         let applied = tokio::task::spawn_blocking(move || {
             let applied = apply_batch(&mut file, &*definition, &batch, &skips);
@@ -433,12 +538,12 @@ impl ProjectorState {
             return;
         };
         self.file = Some(file);
-        let Applied { positions, events, stopped } = applied;
-        if !positions.is_empty() {
+        let Applied { logs, events, stopped } = applied;
+        if !logs.is_empty() {
             self.view.events.fetch_add(events, std::sync::atomic::Ordering::Relaxed);
             self.view.positions.send_modify(|known| {
-                for (shard, position) in &positions {
-                    if let Some(at) = known.get_mut(usize::from(*shard)) {
+                for (log, position) in &logs {
+                    if let Some(at) = known.get_mut(usize::from(*log)) {
                         *at = *position;
                     }
                 }
@@ -446,7 +551,7 @@ impl ProjectorState {
             self.retries = 0;
             inner.metrics().projected(self.definition.name(), events);
         }
-        self.skips.retain(|skip| positions.get(&skip.shard).is_none_or(|at| *at < skip.position));
+        self.skips.retain(|skip| logs.get(&skip.shard).is_none_or(|at| *at < skip.position));
         drop(batch);
         match stopped {
             None => {
@@ -537,8 +642,8 @@ pub(crate) fn behind(ends: &[u64], positions: &[u64]) -> u64 {
 
 /// What became of a batch.
 struct Applied {
-    /// How far it went.
-    positions: std::collections::BTreeMap<u16, u64>,
+    /// How far it went, by log.
+    logs: std::collections::BTreeMap<u16, u64>,
     events: u64,
     stopped: Option<Stopped>,
 }
@@ -559,18 +664,16 @@ struct Place {
 fn apply_batch(
     file: &mut ModelFile,
     definition: &dyn Projection,
-    pages: &[FeedPage],
+    pages: &[ModelPage],
     skips: &[ProjectionFailure],
 ) -> Applied {
     let whole = (pages.len(), 0);
     match apply_until(file, definition, pages, whole, skips) {
-        Ok(Ok((positions, events))) => Applied { positions, events, stopped: None },
+        Ok(Ok(reach)) => Applied::up_to(reach, None),
         Ok(Err(Place { page, item, why })) => match apply_until(file, definition, pages, (page, item), skips) {
-            Ok(Ok((positions, events))) => Applied { positions, events, stopped: Some(why) },
+            Ok(Ok(reach)) => Applied::up_to(reach, Some(why)),
             // It is not the same the second time.
-            Ok(Err(Place { why, .. })) => {
-                Applied { positions: std::collections::BTreeMap::new(), events: 0, stopped: Some(why) }
-            }
+            Ok(Err(Place { why, .. })) => Applied::up_to(Reach::default(), Some(why)),
             Err(error) => Applied::not_at_all(&error),
         },
         Err(error) => Applied::not_at_all(&error),
@@ -578,46 +681,33 @@ fn apply_batch(
 }
 
 impl Applied {
+    fn up_to(Reach { logs, events, .. }: Reach, stopped: Option<Stopped>) -> Self {
+        Applied { logs, events, stopped }
+    }
+
     fn not_at_all(error: &ModelError) -> Self {
-        let stopped = Some(Stopped::Passing(error.to_string()));
-        Applied { positions: std::collections::BTreeMap::new(), events: 0, stopped }
+        Applied::up_to(Reach::default(), Some(Stopped::Passing(error.to_string())))
     }
 }
-
-type Reached = (std::collections::BTreeMap<u16, u64>, u64);
 
 /// Applies what is before the item `end`.
 fn apply_until(
     file: &mut ModelFile,
     definition: &dyn Projection,
-    pages: &[FeedPage],
+    pages: &[ModelPage],
     end: (usize, usize),
     skips: &[ProjectionFailure],
-) -> Result<Result<Reached, Place>, ModelError> {
-    let mut progress = ModelProgress::default();
-    let mut total = 0;
-    for (number, page) in pages.iter().enumerate().take(end.0 + 1) {
-        let is_cut = number == end.0;
-        let items = if is_cut { page.items.get(..end.1).unwrap_or_default() } else { &page.items };
-        let last = match page.items.get(end.1).filter(|_| is_cut) {
-            Some(first_left) => first_left.position().saturating_sub(1),
-            None if is_cut => continue,
-            None => page.last,
-        };
-        let commits = items.iter().filter_map(|item| match item {
-            FeedItem::Commit(commit) => Some(commit.events.len() as u64),
-            FeedItem::Unreadable { .. } => None,
-        });
-        let events: u64 = commits.sum();
-        total += events;
-        let at = progress.positions.entry(page.core.shard.number()).or_insert((0, 0));
-        *at = (last, at.1 + events);
-        let places = page.places.iter().take_while(|place| place.position <= last);
-        progress.places.extend(places.map(|place| (place.slot, (place.seq, place.epoch))));
-        let is_passed = |skip: &&ProjectionFailure| {
-            skip.shard == page.core.shard.number() && items.iter().any(|item| item.position() == skip.position)
-        };
-        progress.skipped.extend(skips.iter().filter(is_passed).map(|skip| Skipped {
+) -> Result<Result<Reach, Place>, ModelError> {
+    let mut reach = Reach::default();
+    let count = |number: usize, page: &ModelPage| if number == end.0 { end.1 } else { page.len() };
+    let pages = || pages.iter().enumerate().take(end.0 + 1);
+    for (number, page) in pages() {
+        let count = count(number, page);
+        page.reach(count, number != end.0, &mut reach);
+        let is_it =
+            |skip: &ProjectionFailure, item: &ModelItem<'_>| (skip.shard, skip.position) == (item.log, item.position);
+        let passed = skips.iter().filter(|skip| page.items(count).any(|item| is_it(skip, &item)));
+        reach.progress.skipped.extend(passed.map(|skip| Skipped {
             at_us: micros(SystemTime::now()),
             shard: skip.shard,
             position: skip.position,
@@ -626,58 +716,42 @@ fn apply_until(
             why: skip.error.clone(),
         }));
     }
-    let applied = file.apply(&progress, |model| {
-        for (page_number, page) in pages.iter().enumerate().take(end.0 + 1) {
-            let items = if page_number == end.0 { page.items.get(..end.1).unwrap_or_default() } else { &page.items };
-            for (item_number, item) in items.iter().enumerate() {
-                let applied = apply_item(model, definition, page, item, skips);
+    let applied = file.apply(&reach.progress, |model| {
+        for (page_number, page) in pages() {
+            for (item_number, item) in page.items(count(page_number, page)).enumerate() {
+                let applied = apply_item(model, definition, &item, skips);
                 applied.map_err(|why| Place { page: page_number, item: item_number, why })?;
             }
         }
         Ok(())
     })?;
-    let positions = progress.positions.into_iter().map(|(shard, (position, _))| (shard, position)).collect();
-    Ok(applied.map(|()| (positions, total)))
+    Ok(applied.map(|()| reach))
 }
 
 fn apply_item(
     model: &kuma_shard::rusqlite::Transaction<'_>,
     definition: &dyn Projection,
-    page: &FeedPage,
-    item: &FeedItem,
+    item: &ModelItem<'_>,
     skips: &[ProjectionFailure],
 ) -> Result<(), Stopped> {
-    let shard = page.core.shard.number();
     let is_skipped = |version: Option<Version>| {
-        skips.iter().any(|skip| skip.shard == shard && skip.position == item.position() && skip.version == version)
+        let is_it = |skip: &ProjectionFailure| (skip.shard, skip.position) == (item.log, item.position);
+        skips.iter().any(|skip| is_it(skip) && skip.version == version)
     };
-    let commit = match item {
-        FeedItem::Commit(commit) => commit,
-        FeedItem::Unreadable { unreadable, .. } if is_skipped(unreadable.version.map(Version)) => return Ok(()),
-        FeedItem::Unreadable { position, unreadable } => {
-            return Err(Stopped::At(Box::new(ProjectionFailure {
-                shard,
-                position: *position,
-                slot: None,
-                seq: None,
-                entity: unreadable.entity,
-                version: unreadable.version.map(Version),
-                error: unreadable.why.clone(),
-            })));
+    let failed = |entity: Option<EntityHash>, version: Option<Version>, error: String| {
+        let (slot, seq) = item.place.unzip();
+        let (shard, position) = (item.log, item.position);
+        Stopped::At(Box::new(ProjectionFailure { shard, position, slot, seq, entity, version, error }))
+    };
+    let events = match item.what {
+        Ok(events) => events,
+        Err(unreadable) if is_skipped(unreadable.version.map(Version)) => return Ok(()),
+        Err(unreadable) => {
+            return Err(failed(unreadable.entity, unreadable.version.map(Version), unreadable.why.clone()));
         }
     };
-    for stored in commit.events.iter().filter(|stored| !is_skipped(Some(stored.event.version))) {
-        let failed = |error: String| {
-            Stopped::At(Box::new(ProjectionFailure {
-                shard,
-                position: commit.position,
-                slot: Some(stored.slot),
-                seq: Some(stored.seq),
-                entity: Some(stored.entity),
-                version: Some(stored.event.version),
-                error,
-            }))
-        };
+    for stored in events.iter().filter(|stored| !is_skipped(Some(stored.event.version))) {
+        let failed = |error: String| failed(Some(stored.entity), Some(stored.event.version), error);
         // What it says of its error is its code as well.
         let said = |error: ApplyError| {
             let passing = error.downcast_ref::<kuma_shard::rusqlite::Error>().is_some_and(is_passing);

@@ -21,6 +21,7 @@ use tokio::sync::{OnceCell, oneshot};
 use crate::{
     Entity, Handle, KindOptions, Options, RawHandle, Refused, Seat, StartError, Unavailable, VaultError,
     body::Limits,
+    cluster_logs::ClusterLogs,
     durable::DurableSubscriptions,
     elsewhere::OtherDisks,
     erasure::{Eraser, EraserMessage, EraserState},
@@ -90,6 +91,8 @@ struct Parts {
     is_clustered: bool,
     /// Absent until it takes part.
     others: OnceLock<Arc<dyn OtherDisks>>,
+    /// As those.
+    cluster_logs: OnceLock<Arc<dyn ClusterLogs>>,
 }
 
 /// A shard in [`Stats`].
@@ -214,6 +217,7 @@ impl Kuma {
             arrivals: Arrivals::default(),
             is_clustered: options.seat.is_some(),
             others: OnceLock::new(),
+            cluster_logs: OnceLock::new(),
         };
         let inner = Arc::new(Inner {
             limits: options.limits,
@@ -609,6 +613,16 @@ impl Inner {
     pub(crate) fn set_other_disks(&self, others: Arc<dyn OtherDisks>) {
         // There are only these.
         let _ = self.parts.others.set(others);
+    }
+
+    /// The logs of all slots of its cluster; none of a store that is alone, or does not take part yet.
+    pub(crate) fn cluster_logs(&self) -> Option<&Arc<dyn ClusterLogs>> {
+        self.parts.cluster_logs.get()
+    }
+
+    pub(crate) fn set_cluster_logs(&self, logs: Arc<dyn ClusterLogs>) {
+        // There are only these.
+        let _ = self.parts.cluster_logs.set(logs);
     }
 
     pub(crate) fn is_clustered(&self) -> bool {

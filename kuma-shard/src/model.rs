@@ -380,6 +380,18 @@ impl ModelFile {
         positions(&self.connection).map_err(|error| self.failed(error))
     }
 
+    /// By the number of each slot, the seq of the last commit that was applied, or was not wanted.
+    ///
+    /// # Errors
+    /// The file cannot be read.
+    pub fn seqs(&self) -> Result<BTreeMap<u16, u64>, ModelError> {
+        self.read(|connection| {
+            let mut statement = connection.prepare("SELECT slot, seq FROM kuma_checkpoint")?;
+            let rows = statement.query_map([], |row| Ok((row.get(0)?, row.get::<_, i64>(1)?.cast_unsigned())))?;
+            rows.collect()
+        })
+    }
+
     /// Events that were passed over, oldest first.
     ///
     /// # Errors

@@ -12,16 +12,16 @@ use std::{
     time::Duration,
 };
 
-use crate::common::directory;
+use crate::{
+    common::directory,
+    nodes::{settled, soon, start},
+};
 use integration_tests::seed;
 use kuma_cluster::{Cookie, Node, NodeError, NodeOptions, testing::Hub};
 use kuma_core::{Command, Entity, SLOTS, Version};
 use parking_lot::Mutex;
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use serde::{Deserialize, Serialize};
-
-/// Longer than anything takes.
-const LONG: Duration = Duration::from_secs(120);
 
 #[derive(Default, Clone, Debug, PartialEq, Serialize, Deserialize)]
 struct Account {
@@ -73,42 +73,9 @@ impl Command<Account> for Withdraw {
     }
 }
 
-async fn soon(what: &str, mut is_so: impl AsyncFnMut() -> bool) {
-    let wait = async {
-        while !is_so().await {
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-    };
-    tokio::time::timeout(LONG, wait).await.unwrap_or_else(|_| panic!("waited in vain: {what}"));
-}
-
 async fn node(options: NodeOptions, name: &str, seeds: &[&Node]) -> Node {
     let options = options.context("bank").name(name).shards(2).entity::<Account>().command::<Account, Withdraw>();
-    let options = match seeds.is_empty() {
-        true => options.found(),
-        false => options.seed_nodes(seeds.iter().map(|node| node.address().to_string())),
-    };
-    let node = Node::start(options).await.unwrap();
-    soon("the node is ready", async || node.is_ready()).await;
-    node
-}
-
-/// Waits until every slot is where it should be, and every node has heard of it.
-async fn settled(nodes: &[&Node]) {
-    soon("all slots are where they should be", async || {
-        let view = |node: &Node| {
-            let of = |member: kuma_cluster::MemberStatus| (member.name, member.standing, member.wished);
-            node.members().into_iter().map(of).collect::<Vec<_>>()
-        };
-        let wished = |node: &Node| node.members().iter().find(|member| member.is_own).map(|own| own.wished);
-        nodes.iter().all(|node| {
-            view(node) == view(nodes[0])
-                && node.members().iter().all(|member| member.is_up)
-                && wished(node) == Some(node.owned())
-                && node.is_settled()
-        })
-    })
-    .await;
+    start(options, true, seeds).await
 }
 
 /// A node with real links, at any port.

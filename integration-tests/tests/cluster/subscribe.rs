@@ -11,7 +11,10 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use crate::common::directory;
+use crate::{
+    common::directory,
+    nodes::{self, LONG, settled, soon},
+};
 use integration_tests::seed;
 use kuma_cluster::{Node, SlotCheckpoint, SlotCheckpointError, StartAt, SubscribeError, Subscription, testing::Hub};
 use kuma_core::{Delivery, Filter, NewEvent, Reason, Slot, StoredEvent, slot_of};
@@ -19,46 +22,9 @@ use parking_lot::Mutex;
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use serde_json::json;
 
-/// Longer than anything takes.
-const LONG: Duration = Duration::from_secs(180);
-
-async fn soon(what: &str, mut is_so: impl AsyncFnMut() -> bool) {
-    let wait = async {
-        while !is_so().await {
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-    };
-    tokio::time::timeout(LONG, wait).await.unwrap_or_else(|_| panic!("waited in vain: {what}"));
-}
-
 async fn start(hub: &Hub, path: &Path, name: &str, seeds: &[&Node]) -> Node {
-    let options = hub.node(path).context("subscriptions").name(name).shards(2);
     let is_new = !path.join("store.json").exists();
-    let options = match seeds.is_empty() {
-        true if is_new => options.found(),
-        true => options,
-        false => options.seed_nodes(seeds.iter().map(|node| node.address().to_string())),
-    };
-    let node = Node::start(options).await.unwrap();
-    soon("the node is ready", async || node.is_ready()).await;
-    node
-}
-
-async fn settled(nodes: &[&Node]) {
-    soon("all slots are where they should be", async || {
-        let view = |node: &Node| {
-            let of = |member: kuma_cluster::MemberStatus| (member.name, member.standing, member.wished);
-            node.members().into_iter().map(of).collect::<Vec<_>>()
-        };
-        let wished = |node: &Node| node.members().iter().find(|member| member.is_own).map(|own| own.wished);
-        nodes.iter().all(|node| {
-            view(node) == view(nodes[0])
-                && node.members().iter().all(|member| member.is_up)
-                && wished(node) == Some(node.owned())
-                && node.is_settled()
-        })
-    })
-    .await;
+    nodes::start(hub.node(path).context("subscriptions").name(name).shards(2), is_new, seeds).await
 }
 
 fn event(number: u64) -> NewEvent {

@@ -14,12 +14,12 @@ use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
 use tokio::sync::oneshot;
 
 use super::{
-    LOOK_AGAIN, ProjectionError, Shared, View, blocking,
+    LOOK_AGAIN, ProjectionError, Shared, View, blocking, log_ends,
     purge::{PurgedModel, deleted, file_name, is_hopeless, purge_file, told},
     reached,
 };
 use crate::{
-    Kuma, Projection, ProjectionState, SqlProjection,
+    Projection, ProjectionState, SqlProjection,
     model_dir::{ModelBuild, ModelDir, Served},
     model_query::{ServedModel, lag},
     projector::{Projector, ProjectorArguments, ProjectorMessage, ProjectorView, PurgeRequest, PurgeRule, PurgedLife},
@@ -285,17 +285,25 @@ impl CoordinatorState {
 
     async fn open_file(&self, build: ModelBuild) -> Result<ModelFile, ModelError> {
         let (path, options, disk_id) = (self.dir.file(build), self.options.clone(), self.disk_id());
-        let ends = self.shared.store.upgrade().and_then(|inner| Kuma { inner }.log_ends().ok()).unwrap_or_default();
+        let store = self.shared.store.upgrade();
+        let is_clustered = store.as_ref().is_some_and(|inner| inner.is_clustered());
+        // Of a cluster with a node out of reach that is not known; the reader finds out then.
+        let ends = match store {
+            Some(inner) => log_ends(&inner).await.unwrap_or_default(),
+            None => Vec::new(),
+        };
         let open = move || {
             let file = ModelFile::open(&path, &options)?;
             let foreign = |detail: &str| Err(ModelError::Foreign { path: path.clone(), detail: detail.to_owned() });
-            let is_ahead = |(shard, (position, _)): (u16, (u64, u64))| {
-                ends.get(usize::from(shard)).is_some_and(|end| position > *end)
+            let is_ahead = |(log, place): (u16, u64)| ends.get(usize::from(log)).is_some_and(|end| place > *end);
+            let applied = || match is_clustered {
+                true => file.seqs(),
+                false => Ok(file.positions()?.into_iter().map(|(shard, (position, _))| (shard, position)).collect()),
             };
             match file.meta("disk_id")? {
                 Some(found) if found != disk_id => foreign("it was fed by another copy of the store"),
                 // What is committed next would be taken for what it has.
-                Some(_) if file.positions()?.into_iter().any(is_ahead) => foreign("it has applied more than there is"),
+                Some(_) if applied()?.into_iter().any(is_ahead) => foreign("it has applied more than there is"),
                 Some(_) => Ok(file),
                 None => foreign("it does not say of which store it is"),
             }
@@ -357,7 +365,8 @@ impl CoordinatorState {
             }
             return Err(error.into());
         }
-        let view = ProjectorView::of(&file, self.shared.shards)?;
+        let is_clustered = self.shared.store.upgrade().is_some_and(|inner| inner.is_clustered());
+        let view = ProjectorView::of(&file, self.shared.shards, is_clustered)?;
         let paused = file.meta("paused")?.as_deref() == Some("1");
         let caught_up = {
             let (me, shared) = (me.clone(), self.shared.clone());
@@ -394,6 +403,10 @@ impl CoordinatorState {
             return;
         }
         let Some(inner) = self.shared.store.upgrade() else { return };
+        if inner.is_clustered() && log_ends(&inner).await.is_err() {
+            // A node is out of reach. Whatever the model lacks may be there.
+            return;
+        }
         let old = self.serving.as_ref().and_then(|model| model.fed.as_ref()).map(|(projector, _)| projector.clone());
         if let Some(old) = &old {
             let (reply, held) = oneshot::channel();
@@ -402,7 +415,7 @@ impl CoordinatorState {
             }
         }
         // At least what the old one has.
-        let passed = match (Kuma { inner }).log_ends() {
+        let passed = match log_ends(&inner).await {
             Ok(ends) => passes(view, &ends).await,
             Err(_) => false,
         };
@@ -541,8 +554,7 @@ impl CoordinatorState {
     async fn measure(&self) {
         let Some(inner) = self.shared.store.upgrade() else { return };
         let Some((_, view)) = self.serving.as_ref().and_then(|model| model.fed.as_ref()) else { return };
-        let positions = view.positions.borrow().clone();
-        let (_, lag) = lag(&inner, &positions).await;
+        let (_, lag) = lag(&inner, view).await;
         inner.metrics().projection_lag(&self.shared.name, lag, matches!(view.state(), ProjectionState::Failed(_)));
     }
 
