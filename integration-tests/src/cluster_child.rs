@@ -85,6 +85,10 @@ pub enum Ask {
     },
     /// Look at everything that is stored.
     Verify,
+    /// Register a read model with a row for each number that was noted in any log.
+    Project,
+    /// What the read model holds, once it has all that there is.
+    Model,
     /// End.
     Stop,
 }
@@ -139,6 +143,8 @@ pub enum Answer {
     Status(Status),
     /// How it stands with a slot.
     Slot(SlotNow),
+    /// By log, the numbers in the order of their versions.
+    Model(std::collections::BTreeMap<String, Vec<u64>>),
 }
 
 /// How it stands with a node.

@@ -81,6 +81,8 @@ pub(crate) struct SlotState {
     sealed_at: Option<Instant>,
     /// When each step was done, since the slot was sealed.
     steps: Vec<(&'static str, Duration)>,
+    /// At the receiver: a transfer that was taken, whose rows are where they came in, too.
+    taken: Option<TransferId>,
     /// At the receiver: what of each transfer was read back.
     read: HashMap<TransferId, ReadBack>,
     /// The timer that counts, and when it is over; none if nothing is waited for.
@@ -110,6 +112,7 @@ impl Actor for SlotActor {
             leave: None,
             sealed_at: None,
             steps: Vec::new(),
+            taken: None,
             read: HashMap::new(),
             timer: None,
             ticks: 0,
@@ -225,6 +228,10 @@ impl SlotState {
                     inputs.push_back(Input::Released { is_committed });
                 }
             }
+            if let Some(transfer) = self.taken.take() {
+                // The slot is served by now.
+                self.drop_transfer(transfer).await;
+            }
             let is_over = before.is_some() && self.handoff.out.is_none();
             if is_over && self.handoff.record.owned().is_some() {
                 self.given_up();
@@ -302,6 +309,7 @@ impl SlotState {
             }
             Txn::Take { epoch, transfer } => {
                 self.read.remove(&transfer);
+                self.taken = staged.filter(|staged| staged.content.len > 0).map(|staged| staged.transfer);
                 self.shared.routes.note(slot, epoch, self.shared.own);
                 self.shared.totals.lock().taken += 1;
                 self.shared.note_taken(slot);

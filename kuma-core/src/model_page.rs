@@ -93,7 +93,7 @@ impl ModelPage {
             ModelPage::Cluster(page) => {
                 let item = page.items.get(index)?;
                 let (log, position) = match (&item.what, item.place) {
-                    (_, Some((slot, seq))) => (slot.number() as u16, seq),
+                    (_, Some((slot, seq))) => (slot.number(), seq),
                     (Err(unreadable), None) => (UNKNOWN_SLOT.saturating_add(unreadable.shard), unreadable.position),
                     // A commit has its place.
                     (Ok(_), None) => return None,
@@ -125,7 +125,7 @@ impl ModelPage {
                 reach.progress.positions.entry(0).or_insert((0, 0)).1 += events;
                 let mut pass = |slot: Slot, seq: u64| {
                     reach.progress.places.insert(slot, (seq, Epoch::NEVER));
-                    reach.logs.insert(slot.number() as u16, seq);
+                    reach.logs.insert(slot.number(), seq);
                 };
                 self.items(count).filter_map(|item| item.place).for_each(|(slot, seq)| pass(slot, seq));
                 if is_whole {

@@ -437,9 +437,11 @@ impl Slots {
             Token::Owned(_) | Token::Released { is_taken: false, .. } => true,
             Token::None | Token::Released { is_taken: true, .. } => false,
         };
+        if has_live_copy || record.staged.is_some() || keys.is_empty() {
+            return Ok(());
+        }
         let transfers = core.shard.transfers().await.map_err(|cause| SlotError::Read { slot, cause })?;
-        let has_copy = record.staged.is_some() || transfers.iter().any(|(other, _)| *other == slot);
-        if has_live_copy || has_copy || keys.is_empty() {
+        if transfers.iter().any(|(other, _)| *other == slot) {
             return Ok(());
         }
         let forgotten = self.inner.vault().keys.forget(keys).await;

@@ -11,6 +11,8 @@
 //!   the shard's log meets it at new places, in the order of the slot.
 //! - Rows come in the order of the slot's log, without gaps; what was sent twice is there once. Nothing is added to what is staged.
 //! - A change of the token is written only if the token allows it as of all that the writer wrote before, in the same transaction with the marks.
+//! - Requests wait for the transaction that takes a slot: what came in is copied there, and dropped from its own tables by others afterwards. In no
+//!   transfer that is staged, it is of no use to anybody.
 //! - What was given away stays as stubs, under the name of the transfer, outside of the digests. Its entities take no commit any more.
 
 use std::{
@@ -38,7 +40,7 @@ use crate::{
 /// Rows that are read or moved at a time.
 const PAGE_ROWS: u32 = 256;
 /// Rows that are dropped in one transaction.
-const DROPPED_ROWS: u32 = 1024;
+const DROPPED_ROWS: u32 = 256;
 /// What a row has beside its body.
 const ROW_BYTES: usize = 160;
 /// Rows of one page that goes out; the one that exceeds it is the last.
@@ -444,7 +446,7 @@ pub(crate) struct TakenRow {
     pub(crate) append_key: Option<Vec<u8>>,
 }
 
-/// Moves what came in under `transfer` to the tables of the shard, in the open transaction: its entities get numbers from `first_eid` on, its
+/// Copies what came in under `transfer` to the tables of the shard, in the open transaction: its entities get numbers from `first_eid` on, its
 /// rows places from `first_position` on. `each` is told of every row.
 pub(crate) async fn take(
     connection: &mut SqliteConnection,
@@ -486,28 +488,23 @@ pub(crate) async fn take(
             append_key: row.try_get("append_key")?,
         });
     }
-    drop_rows(connection, transfer, u32::MAX).await?;
     Ok(moved)
 }
 
 /// Drops some of what came in, in the open transaction; says whether that was all. Emptied where it stands first, so that no page keeps a copy.
-pub(crate) async fn drop_rows(
-    connection: &mut SqliteConnection,
-    transfer: TransferId,
-    rows_max: u32,
-) -> sqlx::Result<bool> {
+pub(crate) async fn drop_some(connection: &mut SqliteConnection, transfer: TransferId) -> sqlx::Result<bool> {
     let name = || transfer.0.to_vec();
     let some = "SELECT number FROM incoming_log WHERE transfer = ? ORDER BY seq LIMIT ?";
     sqlx::query(sqlx::AssertSqlSafe(format!(
         "UPDATE incoming_log SET append_key = NULL, body = x'' WHERE number IN ({some})"
     )))
     .bind(name())
-    .bind(rows_max)
+    .bind(DROPPED_ROWS)
     .execute(&mut *connection)
     .await?;
     let dropped = sqlx::query(sqlx::AssertSqlSafe(format!("DELETE FROM incoming_log WHERE number IN ({some})")));
-    let dropped = dropped.bind(name()).bind(rows_max).execute(&mut *connection).await?.rows_affected();
-    if dropped >= u64::from(rows_max) {
+    let dropped = dropped.bind(name()).bind(DROPPED_ROWS).execute(&mut *connection).await?.rows_affected();
+    if dropped >= u64::from(DROPPED_ROWS) {
         return Ok(false);
     }
     sqlx::query("UPDATE incoming_entity SET sealed_id = x'' WHERE transfer = ?")
@@ -516,11 +513,6 @@ pub(crate) async fn drop_rows(
         .await?;
     sqlx::query("DELETE FROM incoming_entity WHERE transfer = ?").bind(name()).execute(connection).await?;
     Ok(true)
-}
-
-/// As many as one transaction drops.
-pub(crate) async fn drop_some(connection: &mut SqliteConnection, transfer: TransferId) -> sqlx::Result<bool> {
-    drop_rows(connection, transfer, DROPPED_ROWS).await
 }
 
 /// Gives the live entities of a slot away, in the open transaction, and returns their numbers.
@@ -532,6 +524,10 @@ pub(crate) async fn depart(
 ) -> sqlx::Result<Vec<i64>> {
     let rows = sqlx::query("SELECT * FROM entity WHERE slot = ? AND copy = zeroblob(16)");
     let rows = rows.bind(i64::from(slot.number())).fetch_all(&mut *connection).await?;
+    if rows.is_empty() {
+        // There is nothing to collect.
+        return Ok(Vec::new());
+    }
     let damaged = || sqlx::Error::Decode("the row of an entity does not match its checksum".into());
     let left = |row| EntityRow::from_row(row)?.map(|entity| entity.departed(transfer, at_us)).ok_or_else(damaged);
     let left: Vec<EntityRow> = rows.iter().map(left).collect::<sqlx::Result<_>>()?;
@@ -753,6 +749,7 @@ mod tests {
         let release = Txn::Release { from, epoch, to: RECEIVER, transfer, sealed: Some(sealed) };
         giver.change_slot(slot(), release, 9).await.unwrap();
         receiver.change_slot(slot(), Txn::Take { transfer, epoch }, 9).await.unwrap();
+        receiver.drop_transfer(slot(), transfer).await.unwrap();
         giver.change_slot(slot(), Txn::ConfirmTaken { transfer }, 9).await.unwrap();
         epoch
     }

@@ -260,8 +260,8 @@ impl Disk {
                 self.drop_transfer(around, s, transfer).await;
             }
             Txn::Take { transfer, .. } => {
-                place.read.remove(&transfer);
                 around.coverage.handoffs += 1;
+                self.drop_transfer(around, s, transfer).await;
             }
             Txn::ConfirmTaken { .. } | Txn::Raise { .. } => {}
         }

@@ -18,8 +18,19 @@ use std::{
 
 use integration_tests::cluster_child::{Answer, Ask, Log, LogEvent, Question, Said, SlotNow, Status};
 use kuma_cluster::{Cookie, Node, NodeOptions};
-use kuma_core::{AppendError, ReadError, Slot, SlotRecord, Token, Unavailable};
+use kuma_core::{AppendError, ReadError, Slot, SlotRecord, SqlProjection, Token, Unavailable, rusqlite::types::Value};
 use tokio::io::{AsyncBufReadExt, BufReader};
+
+/// A number that is applied twice is there twice.
+const NOTED: &str = "
+    -- projection: noted
+    -- version: 1
+    -- erasure: column noted.log
+    CREATE TABLE noted(log TEXT NOT NULL, version INTEGER NOT NULL, number INTEGER NOT NULL) STRICT;
+
+    -- on log.Noted
+    INSERT INTO noted(log, version, number) VALUES (:entity, :version, :data ->> 'number');
+";
 
 fn say(said: &Said) {
     // Standard output is line-buffered: a line with its end is one write.
@@ -151,6 +162,22 @@ async fn answer(node: &Node, barrier: &Arc<Barrier>, ask: Ask) -> Answer {
             Ok(report) => Answer::Failed(format!("{report:?}")),
             Err(error) => Answer::Failed(error.to_string()),
         },
+        Ask::Project => match node.store().projection(SqlProjection::parse(NOTED).unwrap()).await {
+            Ok(_) => Answer::Done,
+            Err(error) => Answer::Failed(error.to_string()),
+        },
+        Ask::Model => {
+            let projection = node.store().find_projection("noted").unwrap();
+            match projection.caught_up(Duration::from_secs(60)).await {
+                Ok(()) => {}
+                Err(error) => return Answer::Failed(error.to_string()),
+            }
+            let rows = "SELECT log, json_group_array(number ORDER BY version) FROM noted GROUP BY log";
+            let answer = projection.query(rows).run().await.unwrap();
+            let text = |value: &Value| if let Value::Text(text) = value { text.clone() } else { String::new() };
+            let row = |row: &Vec<Value>| (text(&row[0]), serde_json::from_str(&text(&row[1])).unwrap());
+            Answer::Model(answer.rows.iter().map(row).collect())
+        }
         Ask::Stop => {
             node.shutdown().await;
             Answer::Done

@@ -417,13 +417,18 @@ impl Clients {
         self.told.acks.lock().values().map(Vec::len).sum()
     }
 
-    /// Ends the clients, and looks: every node says the same, each acknowledged number is where it was said to be, none is there twice.
-    pub(crate) async fn judge(self, cluster: &Cluster) {
-        let told = self.told.clone();
-        told.is_over.store(true, SeqCst);
-        for task in self.tasks {
+    /// Ends the clients.
+    pub(crate) async fn stop(&mut self) {
+        self.told.is_over.store(true, SeqCst);
+        for task in self.tasks.drain(..) {
             task.await.unwrap();
         }
+    }
+
+    /// Ends the clients, and looks: every node says the same, each acknowledged number is where it was said to be, none is there twice.
+    pub(crate) async fn judge(mut self, cluster: &Cluster) {
+        self.stop().await;
+        let told = self.told.clone();
         let wrong = told.wrong.lock().clone();
         assert!(wrong.is_empty(), "{} times: {:?}", wrong.len(), &wrong[..wrong.len().min(5)]);
         let acks = told.acks.lock().clone();

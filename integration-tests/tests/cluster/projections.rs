@@ -14,8 +14,12 @@ use std::{
 use crate::{
     common::directory,
     nodes::{self, LONG, settled, soon},
+    processes::{self, Clients, LOGS},
 };
-use integration_tests::seed;
+use integration_tests::{
+    cluster_child::{Answer, Ask},
+    seed,
+};
 use kuma_cluster::{Node, testing::Hub};
 use kuma_core::{
     Kuma, NewEvent, Options, ProjectionError, ProjectionHandle, ProjectionState, Reason, Slot, SqlProjection, slot_of,
@@ -157,6 +161,39 @@ async fn models_of_two_nodes_have_every_event_once_while_nodes_join_leave_and_st
     for node in [first, second, third] {
         node.shutdown().await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_model_whose_node_is_killed_again_and_again_while_slots_move_has_every_event_once() {
+    let seed = seed("killed_models");
+    let mut random = StdRng::seed_from_u64(seed);
+    let cluster = processes::Cluster::start(2).await;
+    let mut clients = Clients::start(&cluster, seed);
+    cluster.node(0).done(Ask::Project).await;
+    for round in 0..4 {
+        cluster.node(1).done(Ask::Project).await;
+        let log = random.random_range(0..LOGS);
+        let (slot, to) = (processes::slot(&processes::id(log)), processes::name(round % 2));
+        clients.prefer(log);
+        cluster.node(0).done(Ask::Pin { slot, node: to }).await;
+        let wanted = clients.acks() + random.random_range(10..60);
+        soon("more is acknowledged", async || clients.acks() >= wanted).await;
+        cluster.kill(1).await;
+        cluster.again(1, &[]);
+        cluster.ready(1).await;
+    }
+    cluster.node(1).done(Ask::Project).await;
+    clients.stop().await;
+    for node in 0..2 {
+        let answer = cluster.node(node).ask(Ask::Model).await;
+        let Some(Answer::Model(model)) = answer else { panic!("{answer:?}") };
+        for log in (0..LOGS).map(processes::id) {
+            let answer = cluster.read(node, &log).await;
+            let Some(Answer::State { seen, .. }) = answer else { panic!("{answer:?}") };
+            assert_eq!(model.get(&log).cloned().unwrap_or_default(), seen, "{log} in the model of node {node}");
+        }
+    }
+    clients.judge(&cluster).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -766,6 +766,37 @@ async fn a_directory_without_a_cluster_is_told_what_to_do_and_one_with_never_run
     server.stop().await;
 }
 
+/// The SQL file is at one server; the events are at both.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_projection_at_one_server_has_the_events_of_all() {
+    let files = directory();
+    let sql = "-- projection: orders\n-- version: 1\n-- erasure: column orders.id\n\nCREATE TABLE orders (id TEXT NOT NULL, total INTEGER NOT NULL) STRICT;\n\n\
+               -- on order.Placed\nINSERT INTO orders (id, total) VALUES (:entity, :data ->> 'total');\n";
+    std::fs::write(files.path().join("orders.sql"), sql).unwrap();
+    let mut cluster = Cluster::found(|_| {}).await;
+    cluster.join("b", |config| config.projections_dir = Some(files.path().to_owned())).await;
+    cluster.settled().await;
+    let ids = [cluster.id_of(0, "order", "at-a"), cluster.id_of(1, "order", "at-b")];
+    let [a, b] = &cluster.nodes[..] else { panic!("two servers") };
+    for (id, total) in ids.iter().zip([3, 4]) {
+        let placed = event("Placed", json!({ "total": total }));
+        assert_eq!(a.client().post(&format!("/v1/entities/order/{id}/events"), &placed).await.status, 201);
+    }
+    let rows = async || {
+        let query = json!({ "sql": "SELECT id, total FROM orders ORDER BY total" }).to_string();
+        let answer = send(b, "POST", "/v1/projections/orders/query", &[JSON], query.as_bytes()).await;
+        if answer.status == 200 { answer.json()["rows"].clone() } else { json!([]) }
+    };
+    let wanted = json!([{ "id": ids[0], "total": 3 }, { "id": ids[1], "total": 4 }]);
+    soon("both are there", async || rows().await == wanted).await;
+    let erased = send(a, "DELETE", &format!("/v1/entities/order/{}?reason=asked", ids[1]), &[], b"").await;
+    assert_eq!(erased.status, 200, "{erased:?}");
+    assert_eq!(rows().await, json!([{ "id": ids[0], "total": 3 }]));
+    let other = send(a, "GET", "/v1/projections/orders", &[], b"").await;
+    assert_eq!(other.status, 404, "the file is not there");
+    cluster.stop().await;
+}
+
 /// A store in no cluster says so, and has nothing of it in its way.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_store_in_no_cluster_says_so() {
