@@ -138,7 +138,7 @@ pub struct ProjectionStatus {
     /// The age of the oldest event that the model that is served has not applied. In a cluster: for how long it has not had all that is known, or a
     /// node has been out of reach, so that what it has is missing.
     pub lag: Duration,
-    /// Commits behind the model that is served, wanted or not.
+    /// Commits behind the model that is served, wanted or not; in a cluster as far as is known, and `lag` says for how long some of it is not.
     pub commits_behind: u64,
 }
 
@@ -374,13 +374,14 @@ impl ProjectionHandle {
                 false => Ok(file.positions()?.into_iter().map(|(shard, (position, _))| (shard, position)).collect()),
             }
         });
-        let ends = self.ends(store).await?;
-        let positions = by_log(read.await?, ends.len());
+        let (read, ends) = (read.await?, self.ends(store).await);
         if !is_clustered {
-            return Ok(lag_behind(store, &positions).await);
+            return Ok(lag_behind(store, &by_log(read, self.shared.shards)).await);
         }
-        let behind = behind(&ends, &positions);
         let age = changed.ok().and_then(|changed| changed.elapsed().ok()).unwrap_or_default();
+        // A node out of reach is no reason to say nothing.
+        let Ok(ends) = ends else { return Ok((0, age)) };
+        let behind = behind(&ends, &by_log(read, ends.len()));
         Ok((behind, if behind == 0 { Duration::ZERO } else { age }))
     }
 
