@@ -257,6 +257,8 @@ async fn ask(
                     None => (begun.elapsed(), NEVER_REACHED_AFTER),
                 };
                 if since >= patience && sent.is_none() {
+                    // Whoever asks again at once lets others run: links need the same threads.
+                    tokio::task::yield_now().await;
                     return Err(Unavailable::OwnerUnreachable { slot, node: shared.name_of(disk), since }.into());
                 }
             } else if transport.silence(disk).is_none_or(|silence| silence < DOUBTFUL_AFTER) {

@@ -90,6 +90,8 @@ pub(crate) async fn ask(shared: &Arc<Shared>, request: Request, within: Duration
                     None => (begun.elapsed(), NEVER_REACHED_AFTER),
                 };
                 if since >= patience && sent.is_none() {
+                    // Whoever asks again at once lets others run: links need the same threads.
+                    tokio::task::yield_now().await;
                     return Err(Unavailable::OwnerUnreachable { slot, node: shared.name_of(disk), since });
                 }
             } else if transport.silence(disk).is_none_or(|silence| silence < DOUBTFUL_AFTER) {

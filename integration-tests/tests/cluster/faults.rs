@@ -8,7 +8,7 @@ use std::{
 
 use crate::common::directory;
 use integration_tests::{options, seed};
-use kuma_cluster::{Node, NodeError, testing::Hub};
+use kuma_cluster::{Node, NodeError, RawHandle, testing::Hub};
 use kuma_core::{
     AppendError, Content, DiskId, Kuma, NewEvent, ReadError, SLOTS, Slot, Staged, TransferId, Txn, Unavailable,
     Version, slot_of,
@@ -126,7 +126,13 @@ async fn slots_of_a_node_that_is_gone_are_said_to_be_out_of_reach_and_others_are
     // Nothing is taken from it.
     assert!(first.owned() < usize::from(SLOTS));
 
+    // More of those who ask again at once than there are threads.
+    let insist = |handle: RawHandle| tokio::spawn(async move { while handle.read().await.is_err() {} });
+    let insistent: Vec<_> = (0..4).map(|_| insist(first.raw("thing", &there))).collect();
     let second = start(&hub, two.path(), "two", &[]).await.unwrap();
+    for task in insistent {
+        tokio::time::timeout(LONG, task).await.expect("it is not served again").unwrap();
+    }
     soon("it serves again, by itself", async || first.raw("thing", &there).append(event(3)).await.is_ok()).await;
     let (_, version) = second.raw("thing", &there).read().await.unwrap();
     assert_eq!(version, Version(2), "what was refused was not done");
