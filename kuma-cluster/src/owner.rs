@@ -28,9 +28,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     node::Node,
     observe::AskedResult,
-    requests::{
-        AGAIN, DOUBTFUL_AFTER, LOOK_AGAIN, NEVER_REACHED_AFTER, UNREACHABLE_AFTER, giver_out_of_reach, silence,
-    },
+    requests::{AGAIN, DOUBTFUL_AFTER, LOOK_AGAIN, giver_out_of_reach, owner_out_of_reach},
     shared::Shared,
     transport::CallError,
     wire::{self, kind},
@@ -252,14 +250,10 @@ async fn ask(
         let owner = shared.routes.get(slot).filter(|(_, disk)| *disk != shared.own);
         if let (Some((_, disk)), Some(transport)) = (owner, shared.transport()) {
             if !transport.is_up(disk) {
-                let (since, patience) = match silence(shared, disk) {
-                    Some(since) => (since, UNREACHABLE_AFTER),
-                    None => (begun.elapsed(), NEVER_REACHED_AFTER),
-                };
-                if since >= patience && sent.is_none() {
-                    // Whoever asks again at once lets others run: links need the same threads.
-                    tokio::task::yield_now().await;
-                    return Err(Unavailable::OwnerUnreachable { slot, node: shared.name_of(disk), since }.into());
+                if sent.is_none()
+                    && let Some(unreachable) = owner_out_of_reach(shared, slot, disk, begun).await
+                {
+                    return Err(unreachable.into());
                 }
             } else if transport.silence(disk).is_none_or(|silence| silence < DOUBTFUL_AFTER) {
                 let frame =

@@ -10,7 +10,7 @@ use kuma_core::{ClusterGauge, ClusterLogs, ClusterPage, ClusterPlace, ClusterRea
 
 use crate::{
     shared::Shared,
-    slot_checkpoint::SlotCheckpoint,
+    slot_checkpoint::{EVER, SlotCheckpoint},
     subscribe::{StartAt, Subscription, seqs_now},
 };
 
@@ -42,17 +42,19 @@ impl ClusterLogs for Logs {
         })
     }
 
-    fn read(&self, filter: Filter, from: ClusterPlace) -> BoxFuture<'_, Result<Box<dyn ClusterReader>, String>> {
+    fn read(
+        &self,
+        filter: Filter,
+        ClusterPlace { seqs, mark }: ClusterPlace,
+    ) -> BoxFuture<'_, Result<Box<dyn ClusterReader>, String>> {
         Box::pin(async move {
             let shared = self.shared()?;
-            let start = match from {
-                ClusterPlace { mark: None, seqs } if seqs.iter().all(|seq| *seq == 0) => StartAt::Beginning,
-                ClusterPlace { mark, seqs } => {
-                    let marked = mark.and_then(|mark| mark.parse::<SlotCheckpoint>().ok());
-                    let begun = marked.unwrap_or_else(|| SlotCheckpoint::begin(shared.state().cluster, shared.own));
-                    StartAt::Checkpoint(SlotCheckpoint { seqs, ..begun })
-                }
-            };
+            let marked = mark.and_then(|mark| mark.parse::<SlotCheckpoint>().ok());
+            let begun = marked.unwrap_or_else(|| {
+                let told = *shared.slots.told().borrow();
+                SlotCheckpoint::new(shared.state().cluster, (shared.own, told), EVER)
+            });
+            let start = StartAt::Checkpoint(SlotCheckpoint { seqs, ..begun });
             let opened = Subscription::open(&shared, filter, start).await.map_err(|error| error.to_string())?;
             Ok(Box::new(Reader(opened)) as Box<dyn ClusterReader>)
         })

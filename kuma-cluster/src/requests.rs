@@ -85,14 +85,10 @@ pub(crate) async fn ask(shared: &Arc<Shared>, request: Request, within: Duration
         let owner = shared.routes.get(slot).filter(|(_, disk)| *disk != shared.own);
         if let (Some((_, disk)), Some(transport)) = (owner, shared.transport()) {
             if !transport.is_up(disk) {
-                let (since, patience) = match silence(shared, disk) {
-                    Some(since) => (since, UNREACHABLE_AFTER),
-                    None => (begun.elapsed(), NEVER_REACHED_AFTER),
-                };
-                if since >= patience && sent.is_none() {
-                    // Whoever asks again at once lets others run: links need the same threads.
-                    tokio::task::yield_now().await;
-                    return Err(Unavailable::OwnerUnreachable { slot, node: shared.name_of(disk), since });
+                if sent.is_none()
+                    && let Some(unreachable) = owner_out_of_reach(shared, slot, disk, begun).await
+                {
+                    return Err(unreachable);
                 }
             } else if transport.silence(disk).is_none_or(|silence| silence < DOUBTFUL_AFTER) {
                 let body = body.get_or_insert_with(|| wire::encode(&request));
@@ -125,6 +121,25 @@ pub(crate) async fn ask(shared: &Arc<Shared>, request: Request, within: Duration
         tokio::time::sleep(wait.min(within.saturating_sub(begun.elapsed()))).await;
         wait = (wait * 2).min(AGAIN[1]);
     }
+}
+
+/// Whether an owner to which there is no link has been silent for so long that it is out of reach, for a request that began then.
+pub(crate) async fn owner_out_of_reach(
+    shared: &Shared,
+    slot: Slot,
+    disk: DiskId,
+    begun: Instant,
+) -> Option<Unavailable> {
+    let (since, patience) = match silence(shared, disk) {
+        Some(since) => (since, UNREACHABLE_AFTER),
+        None => (begun.elapsed(), NEVER_REACHED_AFTER),
+    };
+    if since < patience {
+        return None;
+    }
+    // Whoever asks again at once lets others run: links need the same threads.
+    tokio::task::yield_now().await;
+    Some(Unavailable::OwnerUnreachable { slot, node: shared.name_of(disk), since })
 }
 
 /// For how long there has been no sign of life of a disk to which there is no link, but was one.

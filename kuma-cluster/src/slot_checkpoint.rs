@@ -64,11 +64,6 @@ impl SlotCheckpoint {
         SlotCheckpoint { cluster, since_us, told, seqs: vec![0; usize::from(SLOTS)], positions: BTreeMap::new() }
     }
 
-    /// Of a subscriber that has got nothing, and whom `own` tells of all its erasures.
-    pub(crate) fn begin(cluster: [u8; 16], own: DiskId) -> Self {
-        SlotCheckpoint::new(cluster, (own, 0), EVER)
-    }
-
     /// Of one who keeps the seqs.
     pub(crate) fn without_seqs(self) -> Self {
         SlotCheckpoint { seqs: vec![0; usize::from(SLOTS)], ..self }

@@ -20,11 +20,12 @@ use futures_util::future::BoxFuture;
 use kuma_shard::{EntityHash, Slot};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use crate::{FedItem, Filter, StoredEvent, SubscribeError, Unreadable, feed::Standing, shard_core::Fate, store::Inner};
-
-/// When the logs could not be read; each time twice as long, up to some 10 s.
-const RETRY_AFTER: Duration = Duration::from_millis(100);
-const RETRIES_DOUBLED: u32 = 7;
+use crate::{
+    FedItem, Filter, StoredEvent, SubscribeError, Unreadable,
+    feed::{Standing, retry_after},
+    shard_core::Fate,
+    store::Inner,
+};
 
 /// The logs of all slots of a cluster, wherever they are.
 pub trait ClusterLogs: Send + Sync + 'static {
@@ -192,7 +193,7 @@ pub(crate) async fn feed_wide(
                 if !take(WideFed::Trouble(why)) {
                     return;
                 }
-                tokio::time::sleep(RETRY_AFTER * (1 << failures.min(RETRIES_DOUBLED))).await;
+                tokio::time::sleep(retry_after(failures)).await;
                 failures += 1;
             }
         }

@@ -172,11 +172,16 @@ pub(crate) async fn feed(
                 if !take(Fed::Trouble { shard, why: error.to_string() }) {
                     return;
                 }
-                tokio::time::sleep(RETRY_AFTER * (1 << failures.min(RETRIES_DOUBLED))).await;
+                tokio::time::sleep(retry_after(failures)).await;
                 failures += 1;
             }
         }
     }
+}
+
+/// How long to wait after so many failures before the one that has just been.
+pub(crate) fn retry_after(failures: u32) -> Duration {
+    RETRY_AFTER * (1 << failures.min(RETRIES_DOUBLED))
 }
 
 /// Reads the commit at this position, if it is not erased.

@@ -38,7 +38,7 @@ use crate::{
     model_dir::{ModelBuild, ModelDir},
     model_query::{Query, ServedModel, lag, lag_behind, open},
     projection::is_name,
-    projector::{ProjectorView, PurgedLife, behind, by_log},
+    projector::{ProjectorView, PurgedLife, applied_in, behind, by_log},
     root::DONE,
     store::Inner,
 };
@@ -367,21 +367,14 @@ impl ProjectionHandle {
         let path = ModelDir::of(store.data_dir(), &self.shared.name).file(model);
         let (options, is_clustered) = (store.file_options().clone(), store.is_clustered());
         let changed = std::fs::metadata(&path).and_then(|file| file.modified());
-        let read = blocking(move || {
-            let file = ModelFile::open(&path, &options)?;
-            match is_clustered {
-                true => file.seqs(),
-                false => Ok(file.positions()?.into_iter().map(|(shard, (position, _))| (shard, position)).collect()),
-            }
-        });
-        let (read, ends) = (read.await?, self.ends(store).await);
+        let applied = blocking(move || applied_in(&ModelFile::open(&path, &options)?, is_clustered)).await?;
         if !is_clustered {
-            return Ok(lag_behind(store, &by_log(read, self.shared.shards)).await);
+            return Ok(lag_behind(store, &by_log(applied, self.shared.shards)).await);
         }
         let age = changed.ok().and_then(|changed| changed.elapsed().ok()).unwrap_or_default();
         // A node out of reach is no reason to say nothing.
-        let Ok(ends) = ends else { return Ok((0, age)) };
-        let behind = behind(&ends, &by_log(read, ends.len()));
+        let Ok(ends) = self.ends(store).await else { return Ok((0, age)) };
+        let behind = behind(&ends, &by_log(applied, ends.len()));
         Ok((behind, if behind == 0 { Duration::ZERO } else { age }))
     }
 

@@ -15,7 +15,7 @@
 //! - A purge comes between two batches. What is read before it of an entity that is purged is never applied after it.
 
 use std::{
-    collections::{HashSet, VecDeque},
+    collections::{BTreeMap, HashSet, VecDeque},
     sync::{Arc, Weak},
     time::{Duration, Instant, SystemTime},
 };
@@ -90,6 +90,12 @@ pub struct ProjectionFailure {
     pub version: Option<Version>,
     /// What the projection says of it. It may quote the event: show it to those alone who may see that.
     pub error: String,
+}
+
+impl ProjectionFailure {
+    fn is_at(&self, item: &ModelItem<'_>) -> bool {
+        (self.shard, self.position) == (item.log, item.position)
+    }
 }
 
 /// What the projector tells about itself.
@@ -245,16 +251,21 @@ impl Projector {
 impl ProjectorView {
     /// Of a file as it was opened, for a store with so many shards, or for one of a cluster.
     pub(crate) fn of(file: &ModelFile, shards: usize, is_clustered: bool) -> Result<Arc<Self>, ModelError> {
-        let applied = file.positions()?;
-        let events: u64 = applied.values().map(|(_, events)| events).sum();
-        let positions = match is_clustered {
-            true => by_log(file.seqs()?, SLOTS.into()),
-            false => by_log(applied.into_iter().map(|(shard, (position, _))| (shard, position)), shards),
-        };
+        let events: u64 = file.positions()?.values().map(|(_, events)| events).sum();
+        let logs = if is_clustered { SLOTS.into() } else { shards };
+        let positions = by_log(applied_in(file, is_clustered)?, logs);
         let state = Mutex::new(ProjectionState::CatchingUp { commits_left: 0, progress: 0.0, eta: None });
         let positions = watch::Sender::new(positions);
         let wide = WideStanding { left: 0, caught_up_at: Instant::now(), cut_off_since: None };
         Ok(Arc::new(ProjectorView { state, positions, events: events.into(), wide: Mutex::new(wide) }))
+    }
+}
+
+/// Up to where a model's file has applied each of the logs that it is fed with: of each shard, or in a cluster of each slot.
+pub(crate) fn applied_in(file: &ModelFile, is_clustered: bool) -> Result<BTreeMap<u16, u64>, ModelError> {
+    match is_clustered {
+        true => file.seqs(),
+        false => Ok(file.positions()?.into_iter().map(|(shard, (position, _))| (shard, position)).collect()),
     }
 }
 
@@ -643,7 +654,7 @@ pub(crate) fn behind(ends: &[u64], positions: &[u64]) -> u64 {
 /// What became of a batch.
 struct Applied {
     /// How far it went, by log.
-    logs: std::collections::BTreeMap<u16, u64>,
+    logs: BTreeMap<u16, u64>,
     events: u64,
     stopped: Option<Stopped>,
 }
@@ -704,9 +715,7 @@ fn apply_until(
     for (number, page) in pages() {
         let count = count(number, page);
         page.reach(count, number != end.0, &mut reach);
-        let is_it =
-            |skip: &ProjectionFailure, item: &ModelItem<'_>| (skip.shard, skip.position) == (item.log, item.position);
-        let passed = skips.iter().filter(|skip| page.items(count).any(|item| is_it(skip, &item)));
+        let passed = skips.iter().filter(|skip| page.items(count).any(|item| skip.is_at(&item)));
         reach.progress.skipped.extend(passed.map(|skip| Skipped {
             at_us: micros(SystemTime::now()),
             shard: skip.shard,
@@ -734,10 +743,7 @@ fn apply_item(
     item: &ModelItem<'_>,
     skips: &[ProjectionFailure],
 ) -> Result<(), Stopped> {
-    let is_skipped = |version: Option<Version>| {
-        let is_it = |skip: &ProjectionFailure| (skip.shard, skip.position) == (item.log, item.position);
-        skips.iter().any(|skip| is_it(skip) && skip.version == version)
-    };
+    let is_skipped = |version: Option<Version>| skips.iter().any(|skip| skip.is_at(item) && skip.version == version);
     let failed = |entity: Option<EntityHash>, version: Option<Version>, error: String| {
         let (slot, seq) = item.place.unzip();
         let (shard, position) = (item.log, item.position);

@@ -26,6 +26,7 @@ use kuma_core::{
 };
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use serde_json::json;
+use tempfile::TempDir;
 
 /// A row for each event: one that comes twice is there twice.
 const DEPOSITS: &str = "
@@ -42,6 +43,14 @@ const DEPOSITS: &str = "
 async fn start(hub: &Hub, path: &Path, name: &str, seeds: &[&Node]) -> Node {
     let is_new = !path.join("store.json").exists();
     nodes::start(hub.node(path).context("bank").name(name).shards(2), is_new, seeds).await
+}
+
+/// Two nodes, each with its slots.
+async fn two_nodes(hub: &Hub, directories: &[TempDir; 2]) -> (Node, Node) {
+    let first = start(hub, directories[0].path(), "one", &[]).await;
+    let second = start(hub, directories[1].path(), "two", &[&first]).await;
+    settled(&[&first, &second]).await;
+    (first, second)
 }
 
 async fn deposits(node: &Node) -> ProjectionHandle {
@@ -203,9 +212,7 @@ async fn a_model_whose_node_is_killed_again_and_again_while_slots_move_has_every
 async fn an_erasure_at_any_node_reaches_the_models_of_all_and_a_later_life_is_in_them() {
     let directories = [directory(), directory()];
     let hub = Hub::new();
-    let first = start(&hub, directories[0].path(), "one", &[]).await;
-    let second = start(&hub, directories[1].path(), "two", &[&first]).await;
-    settled(&[&first, &second]).await;
+    let (first, second) = two_nodes(&hub, &directories).await;
     let models = [deposits(&first).await, deposits(&second).await];
     let (here, there) = (account_of(&first), account_of(&second));
     for account in [&here, &there] {
@@ -240,9 +247,7 @@ async fn an_erasure_at_any_node_reaches_the_models_of_all_and_a_later_life_is_in
 async fn a_model_says_that_a_node_is_out_of_reach_and_goes_on_when_it_is_back() {
     let directories = [directory(), directory()];
     let hub = Hub::new();
-    let first = start(&hub, directories[0].path(), "one", &[]).await;
-    let second = start(&hub, directories[1].path(), "two", &[&first]).await;
-    settled(&[&first, &second]).await;
+    let (first, second) = two_nodes(&hub, &directories).await;
     let model = deposits(&first).await;
     let (here, there) = (account_of(&first), account_of(&second));
     first.raw("account", &there).append(event(1)).await.unwrap();
@@ -277,9 +282,7 @@ async fn an_event_of_another_node_that_cannot_be_applied_stops_the_model_where_s
 {
     let directories = [directory(), directory()];
     let hub = Hub::new();
-    let first = start(&hub, directories[0].path(), "one", &[]).await;
-    let second = start(&hub, directories[1].path(), "two", &[&first]).await;
-    settled(&[&first, &second]).await;
+    let (first, second) = two_nodes(&hub, &directories).await;
     let model = deposits(&first).await;
     model.caught_up(LONG).await.unwrap();
     let there = account_of(&second);

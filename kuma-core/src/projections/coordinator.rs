@@ -22,7 +22,9 @@ use crate::{
     Projection, ProjectionState, SqlProjection,
     model_dir::{ModelBuild, ModelDir, Served},
     model_query::{ServedModel, lag},
-    projector::{Projector, ProjectorArguments, ProjectorMessage, ProjectorView, PurgeRequest, PurgeRule, PurgedLife},
+    projector::{
+        Projector, ProjectorArguments, ProjectorMessage, ProjectorView, PurgeRequest, PurgeRule, PurgedLife, applied_in,
+    },
     root::DONE,
 };
 
@@ -296,14 +298,12 @@ impl CoordinatorState {
             let file = ModelFile::open(&path, &options)?;
             let foreign = |detail: &str| Err(ModelError::Foreign { path: path.clone(), detail: detail.to_owned() });
             let is_ahead = |(log, place): (u16, u64)| ends.get(usize::from(log)).is_some_and(|end| place > *end);
-            let applied = || match is_clustered {
-                true => file.seqs(),
-                false => Ok(file.positions()?.into_iter().map(|(shard, (position, _))| (shard, position)).collect()),
-            };
             match file.meta("disk_id")? {
                 Some(found) if found != disk_id => foreign("it was fed by another copy of the store"),
                 // What is committed next would be taken for what it has.
-                Some(_) if applied()?.into_iter().any(is_ahead) => foreign("it has applied more than there is"),
+                Some(_) if applied_in(&file, is_clustered)?.into_iter().any(is_ahead) => {
+                    foreign("it has applied more than there is")
+                }
                 Some(_) => Ok(file),
                 None => foreign("it does not say of which store it is"),
             }
