@@ -24,6 +24,7 @@ use crate::{
     schema::{self, FORMAT, Misfit, Role},
     slots::{self, SlotImage},
     sqlite::{self, Trouble},
+    statements,
 };
 
 /// Why a file could not be copied into a backup, or read from one. The store that it is of is not affected.
@@ -267,9 +268,9 @@ impl BackupFile {
         self.begin().await?;
         let dirty = std::mem::take(&mut self.dirty);
         let written = async {
-            let images = dirty.iter().filter_map(|index| self.images.get(*index));
-            slots::store(&mut self.connection, images).await?;
-            crate::statements::commit(&mut self.connection, &stored).await
+            let images: Vec<SlotImage> = dirty.iter().filter_map(|index| self.images.get(*index)).copied().collect();
+            statements::insert_slots(&mut self.connection, &images).await?;
+            statements::commit(&mut self.connection, &stored).await
         };
         written.await.map_err(|error| CopyError::of(&self.path, error))?;
         (self.begun, self.is_whole, self.stored) = (false, is_whole, stored);
@@ -291,7 +292,7 @@ async fn create(connection: &mut SqliteConnection, number: u16, shards: u16, dis
     sqlx::query("BEGIN IMMEDIATE").execute(&mut *connection).await?;
     schema::create(connection, Role::ShardBackup(number), disk_id).await?;
     progress::insert(connection, &Stored { commits: 0, progress: first }).await?;
-    slots::store(connection, images.iter()).await?;
+    statements::insert_slots(connection, &images).await?;
     sqlx::query("COMMIT").execute(connection).await.map(|_| ())
 }
 

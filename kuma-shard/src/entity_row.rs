@@ -5,7 +5,10 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use sqlx::{Row, sqlite::SqliteRow};
 
-use crate::{CopyId, EntityHash, Slot, TransferId};
+use crate::{
+    CopyId, EntityHash, Slot, TransferId,
+    packed::{self, Hex},
+};
 
 /// An entity as its shard knows it: by hash; its id only sealed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -85,25 +88,77 @@ impl EntityRow {
     }
 
     fn read(row: &SqliteRow, slot: &str, checksum: &str) -> sqlx::Result<Option<Self>> {
-        let (Ok(copy), Ok(id_hash), Ok(key_id)) = (
-            row.try_get::<Vec<u8>, _>("copy")?.try_into(),
-            row.try_get::<Vec<u8>, _>("id_hash")?.try_into(),
-            row.try_get::<Vec<u8>, _>("key_id")?.try_into(),
-        ) else {
-            return Ok(None);
-        };
-        let entity = EntityRow {
-            eid: row.try_get("eid")?,
-            copy: CopyId(copy),
-            slot: Slot::from_stored(row.try_get(slot)?),
-            kind: row.try_get::<String, _>("kind")?.into(),
-            id_hash: EntityHash(id_hash),
-            life: row.try_get("life")?,
-            sealed_id: row.try_get("sealed_id")?,
-            key_id,
-            created_at_us: row.try_get("created_at")?,
-            erased_at_us: row.try_get("erased_at")?,
-        };
-        Ok((entity.checksum() == row.try_get::<i64, _>(checksum)?).then_some(entity))
+        let bytes = |name| row.try_get(name).map(Hex);
+        let columns = PackedEntity(
+            row.try_get("eid")?,
+            bytes("copy")?,
+            row.try_get(slot)?,
+            row.try_get("kind")?,
+            bytes("id_hash")?,
+            row.try_get("life")?,
+            bytes("sealed_id")?,
+            bytes("key_id")?,
+            row.try_get("created_at")?,
+            row.try_get("erased_at")?,
+            row.try_get(checksum)?,
+        );
+        Ok(columns.unpack())
     }
+}
+
+/// The query of the entities in a table, or in a query, in the order of their numbers and in one value, of [`PackedEntity`].
+macro_rules! packed_entities {
+    ($from:literal) => {
+        concat!(
+            "SELECT json_group_array(json_array(
+                 eid, hex(copy), slot, kind, hex(id_hash), life, hex(sealed_id), hex(key_id), created_at, erased_at, checksum
+             ) ORDER BY eid) FROM (",
+            $from,
+            ")"
+        )
+    };
+}
+pub(crate) use packed_entities;
+
+/// The columns of an entity.
+#[derive(Deserialize)]
+struct PackedEntity(i64, Hex, i64, String, Hex, u32, Hex, Hex, i64, Option<i64>, i64);
+
+impl PackedEntity {
+    /// `None` where the row does not match its checksum.
+    fn unpack(self) -> Option<EntityRow> {
+        let PackedEntity(
+            eid,
+            copy,
+            slot,
+            kind,
+            id_hash,
+            life,
+            sealed_id,
+            key_id,
+            created_at_us,
+            erased_at_us,
+            checksum,
+        ) = self;
+        let entity = EntityRow {
+            eid,
+            copy: CopyId(copy.0.try_into().ok()?),
+            slot: Slot::from_stored(slot),
+            kind: kind.into(),
+            id_hash: EntityHash(id_hash.0.try_into().ok()?),
+            life,
+            sealed_id: sealed_id.0,
+            key_id: key_id.0.try_into().ok()?,
+            created_at_us,
+            erased_at_us,
+        };
+        (entity.checksum() == checksum).then_some(entity)
+    }
+}
+
+/// The entities that a query of [`packed_entities`] has found, in a column of an answer; none of them is damaged.
+pub(crate) fn unpack(answer: &SqliteRow, column: usize) -> sqlx::Result<Vec<EntityRow>> {
+    let rows: Vec<PackedEntity> = packed::column(answer, column)?;
+    let damaged = || packed::damaged("the row of an entity does not match its checksum");
+    rows.into_iter().map(|row| row.unpack().ok_or_else(damaged)).collect()
 }

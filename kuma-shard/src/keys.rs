@@ -8,7 +8,11 @@
 //!   that leaves with its slot leaves a row without a name, so that it can come back with the slot.
 //!   A wrapping of another length goes to a new row, and the old one is emptied (see `schema.rs`).
 
-use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
+use std::{
+    collections::{BTreeMap, HashSet},
+    path::PathBuf,
+    sync::Arc,
+};
 
 use ractor::ActorCell;
 use sqlx::{Row, SqliteConnection, sqlite::SqliteRow};
@@ -17,9 +21,10 @@ use crate::{
     CommitError, Digest, DiskId, EntityHash, FileOptions, OpenError, ReadError, StatsView,
     database::Database,
     open::FileSpec,
+    packed::{self, Hex},
     row_hash::RowHash,
     schema::Role,
-    statements::Bound,
+    statements::{self, Bound},
     table_book::{self, TableBook},
 };
 
@@ -53,6 +58,15 @@ impl KeyRow {
             .update(&self.id_hash.0)
             .update(&self.created_at_us.to_le_bytes());
         RowHash::from(hasher.finalize())
+    }
+
+    /// In the order of the table's columns.
+    pub(crate) fn bind(&self, query: Bound) -> Bound {
+        query
+            .bind(self.key_id.to_vec())
+            .bind(self.id_hash.0.to_vec())
+            .bind(self.wrapped.clone())
+            .bind(self.created_at_us)
     }
 
     pub(crate) fn from_row(row: &SqliteRow) -> sqlx::Result<Option<Self>> {
@@ -105,7 +119,7 @@ impl table_book::Change for Change {
     async fn write(&self, connection: &mut SqliteConnection, digest: &mut Digest) -> sqlx::Result<()> {
         match self {
             Change::Add(row) => {
-                insert(row).execute(connection).await?;
+                statements::insert_key_rows(connection, &[row]).await?;
                 digest.add(&row.hash());
             }
             Change::Rewrap { key_id, wrapped } => rewrap(connection, *key_id, wrapped).await?,
@@ -115,18 +129,21 @@ impl table_book::Change for Change {
                 }
             }
             Change::Install(rows) => {
-                for row in rows {
-                    let known = sqlx::query(FIND).bind(row.key_id.to_vec()).fetch_optional(&mut *connection).await?;
-                    if known.is_none() {
-                        insert(row).execute(&mut *connection).await?;
-                        digest.add(&row.hash());
-                    }
-                }
+                let names: Vec<[u8; 16]> = rows.iter().map(|row| row.key_id).collect();
+                let known: HashSet<[u8; 16]> =
+                    find_all(&mut *connection, &names).await?.iter().map(|row| row.key_id).collect();
+                let mut new: Vec<&KeyRow> = rows.iter().filter(|row| !known.contains(&row.key_id)).collect();
+                let mut named = HashSet::new();
+                new.retain(|row| named.insert(row.key_id));
+                statements::insert_key_rows(connection, &new).await?;
+                new.into_iter().for_each(|row| digest.add(&row.hash()));
             }
             Change::Forget { key_ids } => {
-                for key_id in key_ids {
-                    forget(connection, *key_id, digest).await?;
-                }
+                let mut rows = find_all(&mut *connection, key_ids).await?;
+                rows.retain(|row| !row.is_destroyed());
+                let names: Vec<[u8; 16]> = rows.iter().map(|row| row.key_id).collect();
+                nameless(&names).execute(connection).await?;
+                rows.iter().for_each(|row| digest.subtract(&row.hash()));
             }
             Change::PutSecret { name, wrapped } => {
                 sqlx::query("INSERT INTO secret(name, wrapped) VALUES (?, ?) ON CONFLICT(name) DO UPDATE SET wrapped = excluded.wrapped")
@@ -154,8 +171,8 @@ async fn rewrap(connection: &mut SqliteConnection, key_id: [u8; 16], wrapped: &[
     let Some(row) = row.as_ref().map(KeyRow::from_row).transpose()?.flatten().filter(|row| !row.is_destroyed()) else {
         return Ok(());
     };
-    nameless(key_id).execute(&mut *connection).await?;
-    insert(&KeyRow { wrapped: wrapped.to_vec(), ..row }).execute(connection).await.map(|_| ())
+    nameless(&[key_id]).execute(&mut *connection).await?;
+    statements::insert_key_rows(connection, &[&KeyRow { wrapped: wrapped.to_vec(), ..row }]).await
 }
 
 /// Empties the row of a key, if there is one.
@@ -170,28 +187,27 @@ async fn destroy(connection: &mut SqliteConnection, key_id: [u8; 16], digest: &m
     Ok(())
 }
 
-/// Empties the row of a key that is not destroyed, and its name too.
-async fn forget(connection: &mut SqliteConnection, key_id: [u8; 16], digest: &mut Digest) -> sqlx::Result<()> {
-    let row = sqlx::query(FIND).bind(key_id.to_vec()).fetch_optional(&mut *connection).await?;
-    let Some(row) = row.as_ref().map(KeyRow::from_row).transpose()?.flatten().filter(|row| !row.is_destroyed()) else {
-        return Ok(());
+/// Those of these keys that are there.
+async fn find_all(executor: impl sqlx::SqliteExecutor<'_>, key_ids: &[[u8; 16]]) -> sqlx::Result<Vec<KeyRow>> {
+    let query = sqlx::query(
+        "SELECT json_group_array(json_array(hex(key_id), hex(id_hash), hex(wrapped), created_at))
+         FROM data_key WHERE key_id IN (SELECT unhex(value) FROM json_each(?))",
+    );
+    let rows: Vec<(Hex, Hex, Hex, i64)> = packed::rows(executor, query.bind(packed::names(key_ids))).await?;
+    let row = |(key_id, id_hash, wrapped, created_at_us): (Hex, Hex, Hex, i64)| {
+        let (Ok(key_id), Ok(id_hash)) = (key_id.0.try_into(), id_hash.0.try_into()) else { return None };
+        Some(KeyRow { key_id, id_hash: EntityHash(id_hash), wrapped: wrapped.0, created_at_us })
     };
-    nameless(key_id).execute(connection).await?;
-    digest.subtract(&row.hash());
-    Ok(())
+    Ok(rows.into_iter().filter_map(row).collect())
 }
 
-fn nameless(key_id: [u8; 16]) -> Bound {
-    sqlx::query("UPDATE data_key SET key_id = NULL, id_hash = x'', wrapped = x'', created_at = 0 WHERE key_id = ?")
-        .bind(key_id.to_vec())
-}
-
-pub(crate) fn insert(row: &KeyRow) -> Bound {
-    sqlx::query("INSERT INTO data_key(key_id, id_hash, wrapped, created_at) VALUES (?, ?, ?, ?)")
-        .bind(row.key_id.to_vec())
-        .bind(row.id_hash.0.to_vec())
-        .bind(row.wrapped.clone())
-        .bind(row.created_at_us)
+/// Empties these rows, and their names too.
+fn nameless(key_ids: &[[u8; 16]]) -> Bound {
+    sqlx::query(
+        "UPDATE data_key SET key_id = NULL, id_hash = x'', wrapped = x'', created_at = 0
+         WHERE key_id IN (SELECT unhex(value) FROM json_each(?))",
+    )
+    .bind(packed::names(key_ids))
 }
 
 /// What a look over all keys found.
@@ -324,14 +340,7 @@ impl KeyStore {
     /// # Errors
     /// The file cannot be read.
     pub async fn get_many(&self, key_ids: &[[u8; 16]]) -> Result<Vec<KeyRow>, ReadError> {
-        let names: Vec<String> = key_ids.iter().map(|key_id| format!("\"{}\"", hex::encode(key_id))).collect();
-        let query = sqlx::query(
-            "SELECT key_id, id_hash, wrapped, created_at FROM data_key WHERE key_id IN (SELECT unhex(value) FROM json_each(?))",
-        );
-        let rows = query.bind(format!("[{}]", names.join(","))).fetch_all(&self.database.readers).await;
-        let rows = rows.map_err(|error| self.read_error(error))?;
-        let keys: sqlx::Result<Vec<Option<KeyRow>>> = rows.iter().map(KeyRow::from_row).collect();
-        Ok(keys.map_err(|error| self.read_error(error))?.into_iter().flatten().collect())
+        find_all(&self.database.readers, key_ids).await.map_err(|error| self.read_error(error))
     }
 
     /// Those of these keys that are there and not destroyed.
@@ -339,12 +348,11 @@ impl KeyStore {
     /// # Errors
     /// The file cannot be read.
     pub async fn alive(&self, key_ids: &[[u8; 16]]) -> Result<Vec<[u8; 16]>, ReadError> {
-        let named: Vec<String> = key_ids.iter().map(|key_id| format!("\"{}\"", hex::encode(key_id))).collect();
         let rows = sqlx::query(
             "SELECT key_id FROM json_each(?) AS named CROSS JOIN data_key ON data_key.key_id = unhex(named.value)
              WHERE wrapped <> x''",
         )
-        .bind(format!("[{}]", named.join(",")))
+        .bind(packed::names(key_ids))
         .fetch_all(&self.database.readers)
         .await
         .map_err(|error| self.read_error(error))?;

@@ -16,10 +16,10 @@ use sqlx::{Connection, Row, SqliteConnection};
 use crate::{
     CopyError, Destroyed, Digest, DiskId, FileOptions, KeyRow, KeyStore, RestoreFileError,
     book::Progress,
-    keys,
+    keys, packed,
     progress::{self, Stored},
     schema::{self, Role},
-    sqlite,
+    sqlite, statements,
 };
 
 const PAGE_ROWS: u32 = 1024;
@@ -90,7 +90,7 @@ impl KeyStore {
             let rows: Vec<&KeyRow> = page.values().collect();
             match known(&mut connection, &rows).await.map_err(fail)? {
                 false => {
-                    insert_all(&mut connection, &rows).await.map_err(fail)?;
+                    statements::insert_key_rows(&mut connection, &rows).await.map_err(fail)?;
                     rows.iter().for_each(|row| contents.add(row));
                 }
                 // A wrapping that became longer meanwhile is met a second time, at the end.
@@ -118,34 +118,17 @@ impl KeyStore {
 
 /// Whether any of these keys is there.
 async fn known(connection: &mut SqliteConnection, rows: &[&KeyRow]) -> sqlx::Result<bool> {
-    let names: Vec<String> = rows.iter().map(|row| format!("\"{}\"", hex::encode(row.key_id))).collect();
+    let names: Vec<[u8; 16]> = rows.iter().map(|row| row.key_id).collect();
     let query =
         sqlx::query("SELECT EXISTS (SELECT 1 FROM data_key WHERE key_id IN (SELECT unhex(value) FROM json_each(?)))");
-    query.bind(format!("[{}]", names.join(","))).fetch_one(connection).await?.try_get(0)
-}
-
-/// Adds keys, in one statement.
-async fn insert_all(connection: &mut SqliteConnection, rows: &[&KeyRow]) -> sqlx::Result<()> {
-    let row = |row: &&KeyRow| {
-        let [key_id, id_hash, wrapped] = [&row.key_id[..], &row.id_hash.0, &row.wrapped].map(hex::encode);
-        format!("[\"{key_id}\",\"{id_hash}\",\"{wrapped}\",{}]", row.created_at_us)
-    };
-    let rows: Vec<String> = rows.iter().map(row).collect();
-    sqlx::query(
-        "INSERT INTO data_key(key_id, id_hash, wrapped, created_at)
-         SELECT unhex(value ->> 0), unhex(value ->> 1), unhex(value ->> 2), value ->> 3 FROM json_each(?) ORDER BY key",
-    )
-    .bind(format!("[{}]", rows.join(",")))
-    .execute(connection)
-    .await
-    .map(|_| ())
+    query.bind(packed::names(&names)).fetch_one(connection).await?.try_get(0)
 }
 
 /// Adds a key, or takes what is newer of one that is there; returns that one.
 async fn put(connection: &mut SqliteConnection, row: &KeyRow) -> sqlx::Result<Option<KeyRow>> {
     let found = sqlx::query(keys::FIND).bind(row.key_id.to_vec()).fetch_optional(&mut *connection).await?;
     let Some(found) = found.as_ref().map(KeyRow::from_row).transpose()?.flatten() else {
-        keys::insert(row).execute(connection).await?;
+        statements::insert_key_rows(connection, &[row]).await?;
         return Ok(None);
     };
     let update = sqlx::query("UPDATE data_key SET wrapped = ? WHERE key_id = ?");
@@ -270,7 +253,7 @@ impl KeysBackup {
                 contents.add(row);
             }
             let rows: Vec<&KeyRow> = rows.iter().collect();
-            insert_all(&mut connection, &rows).await.map_err(|error| spec.read_failed(error))?;
+            statements::insert_key_rows(&mut connection, &rows).await.map_err(|error| spec.read_failed(error))?;
         }
         spec.finish_build(connection, &contents.stored()).await?;
         Ok(contents)
@@ -359,7 +342,7 @@ mod tests {
         schema::create(&mut connection, Role::KeysBackup, DISK).await.unwrap();
         let (first, again) = (key(1, b"wrapped"), key(1, b"wrapped anew"));
         assert!(!known(&mut connection, &[&first]).await.unwrap());
-        insert_all(&mut connection, &[&first]).await.unwrap();
+        statements::insert_key_rows(&mut connection, &[&first]).await.unwrap();
         assert!(known(&mut connection, &[&key(2, b""), &again]).await.unwrap());
         assert_eq!(put(&mut connection, &again).await.unwrap(), Some(first));
         assert_eq!(put(&mut connection, &key(2, b"")).await.unwrap(), None);

@@ -35,6 +35,7 @@ mod model_rights;
 mod moving;
 mod node;
 mod open;
+mod packed;
 mod progress;
 mod reads;
 mod replace;

@@ -632,7 +632,7 @@ impl LogBook {
             let kept = self.slots.read();
             changed.iter().filter_map(|index| staged.slots.get(index).or_else(|| kept.get(*index)).copied()).collect()
         };
-        slots::store(connection, images.iter()).await?;
+        statements::insert_slots(connection, &images).await?;
         staged.marks = true;
         Ok(())
     }

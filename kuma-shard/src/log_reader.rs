@@ -10,7 +10,7 @@ use std::{collections::HashMap, sync::Arc};
 
 use sqlx::{Row, sqlite::SqliteRow};
 
-use crate::{BadRow, EntityHash, EntityRow, LogRow, ReadError, Shard, log_row};
+use crate::{BadRow, EntityHash, EntityRow, LogRow, ReadError, Shard, log_row, packed};
 
 /// Rows of one page, at most and at least; as many as made [`PAGE_BYTES`] in the page before.
 const PAGE_ROWS: u32 = 512;
@@ -127,9 +127,8 @@ impl LogReader {
         }
         eids.sort_unstable();
         eids.dedup();
-        let eids: Vec<String> = eids.iter().map(i64::to_string).collect();
         let query = sqlx::query("SELECT * FROM entity WHERE eid IN (SELECT value FROM json_each(?))");
-        let found = query.bind(format!("[{}]", eids.join(","))).fetch_all(self.shard.feeders()).await;
+        let found = query.bind(packed::numbers(eids)).fetch_all(self.shard.feeders()).await;
         for row in &found.map_err(|error| self.shard.read_error(error))? {
             // One that is damaged is not there, for those who look for it.
             if let Some(entity) = EntityRow::from_row(row).map_err(|error| self.shard.read_error(error))? {
@@ -205,11 +204,10 @@ impl Shard {
     /// The file cannot be read.
     pub async fn erased_among(&self, eids: impl IntoIterator<Item = i64>) -> Result<Vec<i64>, ReadError> {
         self.check_readable()?;
-        let eids: Vec<String> = eids.into_iter().map(|eid| eid.to_string()).collect();
         let query = sqlx::query(
             "SELECT eid FROM entity WHERE eid IN (SELECT value FROM json_each(?)) AND erased_at IS NOT NULL",
         );
-        let rows = query.bind(format!("[{}]", eids.join(","))).fetch_all(self.feeders()).await;
+        let rows = query.bind(packed::numbers(eids)).fetch_all(self.feeders()).await;
         rows.and_then(|rows| rows.iter().map(|row| row.try_get(0)).collect()).map_err(|error| self.read_error(error))
     }
 }

@@ -5,6 +5,7 @@ use sqlx::{Row, sqlite::SqliteRow};
 
 use crate::{
     EntityRow, Epoch, Slot,
+    packed::{self, Hex},
     row_hash::{RowFields, RowHash},
 };
 
@@ -76,4 +77,50 @@ pub(crate) fn parse(row: &SqliteRow, entity: &EntityRow) -> sqlx::Result<(LogRow
     };
     let hash = RowHash::of(&log_row.fields(entity));
     Ok((log_row, hash, row.try_get("checksum")?))
+}
+
+/// The query of the rows in a table that is like the log, or in a query, in their order and in one value, of [`PackedRow`].
+macro_rules! packed_rows {
+    ($from:literal) => {
+        concat!(
+            "SELECT json_group_array(json_array(
+                 position, slot, seq, eid, version, count, at, epoch, iif(append_key IS NULL, NULL, hex(append_key)), checksum, hex(body)
+             ) ORDER BY position) FROM (",
+            $from,
+            ")"
+        )
+    };
+}
+pub(crate) use packed_rows;
+
+/// The columns of a row of the log.
+#[derive(Deserialize)]
+struct PackedRow(i64, i64, i64, i64, i64, i64, i64, i64, Option<Hex>, i64, Hex);
+
+/// A row of the log, with the number of its entity and the checksum that stands in it.
+pub(crate) struct StoredRow {
+    pub(crate) eid: i64,
+    pub(crate) row: LogRow,
+    pub(crate) checksum: i64,
+}
+
+/// The rows that a query of [`packed_rows`] has found, in a column of an answer. Their checksums are not compared yet.
+pub(crate) fn unpack(answer: &SqliteRow, column: usize) -> sqlx::Result<Vec<StoredRow>> {
+    let rows: Vec<PackedRow> = packed::column(answer, column)?;
+    let stored = |row| {
+        let PackedRow(position, slot, seq, eid, version, count, at_us, epoch, append_key, checksum, body) = row;
+        let row = LogRow {
+            position: position.cast_unsigned(),
+            slot: Slot::from_stored(slot),
+            seq: seq.cast_unsigned(),
+            version: version.cast_unsigned(),
+            count: count as u32,
+            at_us,
+            epoch: Epoch::from_i64(epoch),
+            append_key: append_key.map(|key| key.0),
+            body: body.0,
+        };
+        StoredRow { eid, row, checksum }
+    };
+    Ok(rows.into_iter().map(stored).collect())
 }

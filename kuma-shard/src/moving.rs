@@ -22,19 +22,24 @@ use std::{
 
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
-use sqlx::{Row, SqliteConnection, sqlite::SqliteRow};
+use sqlx::{
+    Row, SqliteConnection, SqliteExecutor,
+    sqlite::{SqlitePool, SqliteRow},
+};
 use tokio::sync::oneshot;
 
 use crate::{
-    CommitError, Content, CopyId, Digest, EntityRow, Epoch, LogRow, NotWritten, PAGE_BYTES, ReadError, Shard, Slot,
-    SlotRecord, Token, TransferId, Txn,
+    CommitError, Content, CopyId, Digest, EntityRow, Epoch, LogRow, NotWritten, ReadError, Shard, Slot, SlotRecord,
+    Token, TransferId, Txn,
+    entity_row::{self, packed_entities},
     erase::{self, Stub},
     log_entry::LogEntry,
-    log_row,
+    log_row::{self, StoredRow, packed_rows},
+    packed::{self, Hex},
     row_hash::{RowFields, RowHash},
     slots::{SlotImage, SlotSum},
     snapshots,
-    statements::{self, IncomingEntity, IncomingRow},
+    statements::{self, Bound, IncomingEntity, IncomingRow},
 };
 
 /// Rows that are read or moved at a time.
@@ -43,8 +48,41 @@ const PAGE_ROWS: u32 = 256;
 const DROPPED_ROWS: u32 = 256;
 /// What a row has beside its body.
 const ROW_BYTES: usize = 160;
-/// Rows of one page that goes out; the one that exceeds it is the last.
-const OUTGOING_BYTES: usize = 48 << 10;
+/// Of one page that goes out, and of one that is read back; the row that exceeds it is the last.
+const OUTGOING_BYTES: i64 = 48 << 10;
+const INCOMING_BYTES: i64 = 1 << 20;
+/// Entities that are read at a time.
+const ENTITIES_PAGE: usize = 1024;
+
+/// The first of these rows, up to the one that makes them so large as is bound last, and their entities. To look at a length SQLite does not
+/// read the body.
+macro_rules! page_of {
+    ($places:literal, $rows:literal, $entities:literal) => {
+        concat!(
+            "WITH page AS MATERIALIZED (SELECT place, entity FROM (
+                 SELECT place, entity, sum(bytes + 64) OVER (ORDER BY place) - bytes - 64 AS before FROM (",
+            $places,
+            ")) WHERE before < ?)
+             SELECT (",
+            packed_rows!($rows),
+            "), (",
+            packed_entities!($entities),
+            ")"
+        )
+    };
+}
+
+/// Rows of the log that go out.
+macro_rules! outgoing_of {
+    ($places:literal) => {
+        page_of!(
+            $places,
+            "SELECT log.* FROM page CROSS JOIN log ON log.position = page.place",
+            "SELECT * FROM entity WHERE eid IN (SELECT entity FROM page)"
+        )
+    };
+}
+
 /// Takes the append keys of rows, which still have them, out of their index.
 const FORGET_KEYS: &str = "DELETE FROM key_index WHERE (eid, append_key) IN (
     SELECT eid, append_key FROM log WHERE position IN (SELECT value FROM json_each(?)))";
@@ -171,21 +209,30 @@ impl Shard {
         let mut sum = SlotSum { len: before.content.len, digest: Digest::from_bytes(before.content.digest) };
         let mut last_seq = before.last_seq;
         loop {
-            let mut reader = self.database().readers.acquire().await.map_err(|error| self.read_error(error))?;
-            let page = incoming_page(&mut reader, transfer, last_seq).await.map_err(|error| self.read_error(error))?;
-            drop(reader);
-            if page.is_empty() {
-                return Ok(ReadBack { last_seq, content: sum.into() });
-            }
-            for row in &page {
-                let (_, row, hash, checksum) = incoming_row(row).map_err(|error| self.read_error(error))?;
-                if hash.checksum() != checksum || row.seq != last_seq + 1 {
-                    return Err(
-                        self.bad_row(row.seq, format!("of transfer {transfer}, it is not the one that was sent"))
-                    );
+            let query = sqlx::query(page_of!(
+                "SELECT seq AS place, entity, length(body) AS bytes FROM incoming_log WHERE transfer = ?1 AND seq > ?2 ORDER BY seq LIMIT ?3",
+                "SELECT incoming_log.*, seq AS position, incoming_log.entity AS eid
+                 FROM page CROSS JOIN incoming_log ON transfer = ?1 AND seq = page.place",
+                "SELECT *, entity AS eid, zeroblob(16) AS copy FROM incoming_entity
+                 WHERE transfer = ?1 AND entity IN (SELECT entity FROM page)"
+            ));
+            let query = query.bind(transfer.0.to_vec()).bind(last_seq.cast_signed()).bind(PAGE_ROWS);
+            let (page, entities) =
+                self.rows_with_entities(&self.database().readers, query.bind(INCOMING_BYTES)).await?;
+            let bytes: usize = page.iter().map(|stored| stored.row.body.len() + ROW_BYTES).sum();
+            let is_last = page.len() < PAGE_ROWS as usize && bytes < INCOMING_BYTES as usize;
+            for StoredRow { eid, row, checksum } in &page {
+                let bad = |why| self.bad_row(row.seq, format!("of transfer {transfer}, {why}"));
+                let entity = entities.get(eid).ok_or_else(|| bad("its entity did not come in"))?;
+                let hash = RowHash::of(&row.fields(entity));
+                if hash.checksum() != *checksum || row.seq != last_seq + 1 {
+                    return Err(bad("it is not the one that was sent"));
                 }
                 sum.add(&hash);
                 last_seq = row.seq;
+            }
+            if is_last {
+                return Ok(ReadBack { last_seq, content: sum.into() });
             }
         }
     }
@@ -286,9 +333,9 @@ impl Shard {
             entities.iter().flat_map(|entity| tail.after(entity.eid, 0)).map(|row| row.position).collect()
         };
         for eids in entities.chunks(1024) {
-            let eids: Vec<String> = eids.iter().map(|entity| entity.eid.to_string()).collect();
+            let eids = packed::numbers(eids.iter().map(|entity| entity.eid));
             let query = sqlx::query("SELECT position FROM log_index WHERE eid IN (SELECT value FROM json_each(?))");
-            let rows = query.bind(format!("[{}]", eids.join(","))).fetch_all(&self.database().readers).await;
+            let rows = query.bind(eids).fetch_all(&self.database().readers).await;
             for row in rows.map_err(|error| self.read_error(error))? {
                 let position: i64 = row.try_get(0).map_err(|error| self.read_error(error))?;
                 positions.push(position.cast_unsigned());
@@ -306,16 +353,19 @@ impl Shard {
     pub async fn rows_at(&self, positions: &[u64]) -> Result<SlotRows, ReadError> {
         self.check_readable()?;
         let first = &positions[..positions.len().min(PAGE_ROWS as usize)];
-        let query = sqlx::query(
-            "SELECT position, length(body) FROM json_each(?) AS wanted CROSS JOIN log ON log.position = wanted.value ORDER BY position",
-        );
-        let lengths =
-            query.bind(json(first)).fetch_all(self.feeders()).await.map_err(|error| self.read_error(error))?;
-        if let Some(missing) = first.get(lengths.len()).filter(|_| lengths.len() < first.len()) {
-            return Err(self.bad_row(*missing, "it or an earlier one was committed and is not there"));
+        let query = sqlx::query(outgoing_of!(
+            "SELECT position AS place, eid AS entity, length(body) AS bytes
+             FROM json_each(?) AS wanted CROSS JOIN log ON log.position = wanted.value"
+        ));
+        let (found, entities) =
+            self.rows_with_entities(self.feeders(), query.bind(packed::numbers(first)).bind(OUTGOING_BYTES)).await?;
+        let is_there =
+            |(index, wanted): (usize, &u64)| found.get(index).is_some_and(|stored| stored.row.position == *wanted);
+        let missing = first.iter().enumerate().take(found.len().max(1)).find(|wanted| !is_there(*wanted));
+        if let Some((_, missing)) = missing {
+            return Err(self.bad_row(*missing, "it was committed and is not there"));
         }
-        let page = page_of(&lengths, OUTGOING_BYTES).map_err(|error| self.read_error(error))?;
-        self.outgoing(&page).await
+        self.outgoing(found, entities)
     }
 
     /// The rows of a slot behind a position of the shard's log, until they make some 48 KiB; at least one, if there is one.
@@ -326,43 +376,38 @@ impl Shard {
         self.check_readable()?;
         // Only what is known to be durable.
         let end = *self.end().borrow();
-        let query = sqlx::query(
-            "SELECT position, length(body) FROM log NOT INDEXED
-             WHERE position > ? AND position <= ? AND slot = ? ORDER BY position LIMIT ?",
-        );
+        let query = sqlx::query(outgoing_of!(
+            "SELECT position AS place, eid AS entity, length(body) AS bytes FROM log NOT INDEXED
+             WHERE position > ? AND position <= ? AND slot = ? ORDER BY position LIMIT ?"
+        ));
         let query = query.bind(after.cast_signed()).bind(end.cast_signed()).bind(i64::from(slot.number()));
-        let lengths = query.bind(PAGE_ROWS).fetch_all(self.feeders()).await.map_err(|error| self.read_error(error))?;
-        let page = page_of(&lengths, OUTGOING_BYTES).map_err(|error| self.read_error(error))?;
-        self.outgoing(&page).await
+        let (found, entities) =
+            self.rows_with_entities(self.feeders(), query.bind(PAGE_ROWS).bind(OUTGOING_BYTES)).await?;
+        self.outgoing(found, entities)
     }
 
-    /// The rows at these positions. What was given away is left out.
-    async fn outgoing(&self, positions: &[u64]) -> Result<SlotRows, ReadError> {
-        let query = sqlx::query(
-            "SELECT log.*, entity.copy, entity.slot AS entity_slot, entity.kind, entity.id_hash, entity.life, entity.sealed_id, entity.key_id,
-                    entity.created_at, entity.erased_at, entity.checksum AS entity_checksum
-             FROM json_each(?) AS wanted CROSS JOIN log ON log.position = wanted.value CROSS JOIN entity ON entity.eid = log.eid
-             ORDER BY log.position",
-        );
-        let found = query.bind(json(positions)).fetch_all(self.feeders()).await;
+    async fn rows_with_entities(&self, readers: &SqlitePool, query: Bound) -> Result<Page, ReadError> {
+        let answer = query.fetch_one(readers).await;
+        let unpack = |answer: SqliteRow| Ok((log_row::unpack(&answer, 0)?, entity_row::unpack(&answer, 1)?));
+        let (rows, entities) = answer.and_then(unpack).map_err(|error| self.read_error(error))?;
+        Ok((rows, entities.into_iter().map(|entity| (entity.eid, entity)).collect()))
+    }
+
+    /// Those rows that were not given away. All are compared with their checksums.
+    fn outgoing(&self, found: Vec<StoredRow>, mut entities: HashMap<i64, EntityRow>) -> Result<SlotRows, ReadError> {
         let mut rows = SlotRows::default();
-        let mut known = HashSet::new();
-        for row in &found.map_err(|error| self.read_error(error))? {
-            let position = row.try_get::<i64, _>("position").map_err(|error| self.read_error(error))?.cast_unsigned();
-            let entity = EntityRow::from_joined(row).map_err(|error| self.read_error(error))?;
-            let entity = entity.ok_or_else(|| self.bad_row(position, "the row of its entity is damaged"))?;
+        for StoredRow { eid, row, checksum } in found {
+            let entity = entities.get(&eid).ok_or_else(|| self.bad_row(row.position, "its entity is not there"))?;
             if entity.is_departed() {
                 continue;
             }
-            let (row, hash, checksum) = log_row::parse(row, &entity).map_err(|error| self.read_error(error))?;
-            if hash.checksum() != checksum {
-                return Err(self.bad_row(position, "it does not match its checksum"));
+            if RowHash::of(&row.fields(entity)).checksum() != checksum {
+                return Err(self.bad_row(row.position, "it does not match its checksum"));
             }
-            rows.rows.push((entity.eid, row));
-            if known.insert(entity.eid) {
-                rows.entities.push(entity);
-            }
+            rows.rows.push((eid, row));
         }
+        entities.retain(|_, entity| !entity.is_departed());
+        rows.entities = entities.into_values().collect();
         Ok(rows)
     }
 
@@ -378,12 +423,17 @@ impl Shard {
 
     async fn entities_with(&self, slot: Slot, copy: CopyId) -> Result<Vec<EntityRow>, ReadError> {
         self.check_readable()?;
-        let query = sqlx::query("SELECT * FROM entity WHERE slot = ? AND copy = ? ORDER BY eid");
-        let rows = query.bind(i64::from(slot.number())).bind(copy.0.to_vec()).fetch_all(&self.database().readers).await;
-        let rows = rows.map_err(|error| self.read_error(error))?;
-        let entity = |row| EntityRow::from_row(row).map_err(|error| self.read_error(error));
-        let sound = |entity: Option<_>| entity.ok_or_else(|| self.bad_row(0, "the row of an entity is damaged"));
-        rows.iter().map(|row| entity(row).and_then(sound)).collect()
+        let mut entities: Vec<EntityRow> = Vec::new();
+        loop {
+            let after = entities.last().map_or(i64::MIN, |last| last.eid);
+            let page = entities_of(&self.database().readers, slot, copy, after).await;
+            let page = page.map_err(|error| self.read_error(error))?;
+            let is_last = page.len() < ENTITIES_PAGE;
+            entities.extend(page);
+            if is_last {
+                return Ok(entities);
+            }
+        }
     }
 
     async fn count_incoming(&self, transfer: TransferId) -> Result<i64, ReadError> {
@@ -422,7 +472,7 @@ pub(crate) async fn receive(
     statements::insert_incoming_entities(connection, &entities).await?;
     let mut known: HashMap<i64, EntityRow> = rows.entities.iter().map(|entity| (entity.eid, entity.clone())).collect();
     let missing: HashSet<i64> = new.iter().map(|(eid, _)| *eid).filter(|eid| !known.contains_key(eid)).collect();
-    for entity in incoming_entities(connection, *transfer, missing).await? {
+    for entity in incoming_among(connection, *transfer, missing).await? {
         known.insert(entity.eid, entity);
     }
     let mut incoming = Vec::with_capacity(new.len());
@@ -455,22 +505,24 @@ pub(crate) async fn take(
     first_position: u64,
     mut each: impl FnMut(TakenRow),
 ) -> sqlx::Result<u64> {
-    let rows = sqlx::query(
-        "SELECT *, entity AS eid, zeroblob(16) AS copy FROM incoming_entity WHERE transfer = ? ORDER BY number",
-    );
-    let rows = rows.bind(transfer.0.to_vec()).fetch_all(&mut *connection).await?;
-    let mut numbers = HashMap::new();
-    let mut entities = Vec::with_capacity(rows.len());
-    for (row, eid) in rows.iter().zip(first_eid..) {
-        let damaged = || sqlx::Error::Decode("the row of an entity that came in does not match its checksum".into());
-        let entity = EntityRow::from_row(row)?.ok_or_else(damaged)?;
-        numbers.insert(entity.eid, eid);
-        entities.push(EntityRow { eid, ..entity });
+    let (mut numbers, mut next_eid, mut after) = (HashMap::new(), first_eid, i64::MIN);
+    loop {
+        let mut page = incoming_entities(connection, transfer, after).await?;
+        let is_last = page.len() < ENTITIES_PAGE;
+        after = page.last().map_or(after, |last| last.eid);
+        for entity in &mut page {
+            numbers.insert(entity.eid, next_eid);
+            entity.eid = next_eid;
+            next_eid += 1;
+        }
+        statements::insert_entities(connection, &page.iter().collect::<Vec<_>>()).await?;
+        if is_last {
+            break;
+        }
     }
-    statements::insert_entities(connection, &entities.iter().collect::<Vec<_>>()).await?;
     // Bodies stay inside SQLite: they were read back when they came, and are checked whenever they are read.
     let numbered =
-        "(SELECT entity, row_number() OVER (ORDER BY number) - 1 AS place FROM incoming_entity WHERE transfer = ?1)";
+        "(SELECT entity, row_number() OVER (ORDER BY entity) - 1 AS place FROM incoming_entity WHERE transfer = ?1)";
     let moved = sqlx::query(sqlx::AssertSqlSafe(format!(
         "INSERT INTO log(position, slot, seq, eid, version, count, at, epoch, append_key, checksum, body)
          SELECT ?2 + seq - 1, slot, seq, ?3 + place, version, count, at, epoch, append_key, checksum, body
@@ -478,15 +530,28 @@ pub(crate) async fn take(
     )));
     let moved = moved.bind(transfer.0.to_vec()).bind(first_position.cast_signed()).bind(first_eid);
     let moved = moved.execute(&mut *connection).await?.rows_affected();
-    let rows = sqlx::query("SELECT seq, entity, version, append_key FROM incoming_log WHERE transfer = ? ORDER BY seq");
-    for row in rows.bind(transfer.0.to_vec()).fetch_all(&mut *connection).await? {
-        let unknown = || sqlx::Error::Decode("a row that came in belongs to no entity that did".into());
-        each(TakenRow {
-            eid: *numbers.get(&row.try_get::<i64, _>("entity")?).ok_or_else(unknown)?,
-            version: row.try_get::<i64, _>("version")?.cast_unsigned(),
-            position: first_position + row.try_get::<i64, _>("seq")?.cast_unsigned() - 1,
-            append_key: row.try_get("append_key")?,
-        });
+    let mut after = 0;
+    loop {
+        let page = sqlx::query(
+            "SELECT json_group_array(json_array(seq, entity, version, iif(append_key IS NULL, NULL, hex(append_key))) ORDER BY seq)
+             FROM (SELECT * FROM incoming_log WHERE transfer = ? AND seq > ? ORDER BY seq LIMIT ?)",
+        );
+        let page = page.bind(transfer.0.to_vec()).bind(after).bind(ENTITIES_PAGE as i64);
+        let page: Vec<(i64, i64, i64, Option<Hex>)> = packed::rows(&mut *connection, page).await?;
+        let is_last = page.len() < ENTITIES_PAGE;
+        after = page.last().map_or(after, |(seq, ..)| *seq);
+        for (seq, entity, version, append_key) in page {
+            let unknown = || packed::damaged("a row that came in belongs to no entity that did");
+            each(TakenRow {
+                eid: *numbers.get(&entity).ok_or_else(unknown)?,
+                version: version.cast_unsigned(),
+                position: first_position + seq.cast_unsigned() - 1,
+                append_key: append_key.map(|key| key.0),
+            });
+        }
+        if is_last {
+            break;
+        }
     }
     Ok(moved)
 }
@@ -522,26 +587,30 @@ pub(crate) async fn depart(
     transfer: TransferId,
     at_us: i64,
 ) -> sqlx::Result<Vec<i64>> {
-    let rows = sqlx::query("SELECT * FROM entity WHERE slot = ? AND copy = zeroblob(16)");
-    let rows = rows.bind(i64::from(slot.number())).fetch_all(&mut *connection).await?;
-    if rows.is_empty() {
-        // There is nothing to collect.
-        return Ok(Vec::new());
+    let mut numbers = Vec::new();
+    loop {
+        let left = entities_of(&mut *connection, slot, CopyId::LIVE, i64::MIN).await?;
+        let is_last = left.len() < ENTITIES_PAGE;
+        numbers.extend(left.iter().map(|entity| entity.eid));
+        let left = left.into_iter().map(|entity| entity.departed(transfer, at_us));
+        let checksums: Vec<String> = left.map(|entity| format!("[{},{}]", entity.eid, entity.checksum())).collect();
+        sqlx::query(
+            "UPDATE entity SET copy = ?, sealed_id = x'', erased_at = coalesce(erased_at, ?), checksum = departed.value ->> 1
+             FROM json_each(?) AS departed WHERE entity.eid = departed.value ->> 0",
+        )
+        .bind(CopyId::from(transfer).0.to_vec())
+        .bind(at_us)
+        .bind(packed::numbers(checksums))
+        .execute(&mut *connection)
+        .await?;
+        if is_last {
+            break;
+        }
     }
-    let damaged = || sqlx::Error::Decode("the row of an entity does not match its checksum".into());
-    let left = |row| EntityRow::from_row(row)?.map(|entity| entity.departed(transfer, at_us)).ok_or_else(damaged);
-    let left: Vec<EntityRow> = rows.iter().map(left).collect::<sqlx::Result<_>>()?;
-    let numbers: Vec<i64> = left.iter().map(|entity| entity.eid).collect();
-    let checksums: Vec<String> = left.iter().map(|entity| format!("[{},{}]", entity.eid, entity.checksum())).collect();
-    sqlx::query(
-        "UPDATE entity SET copy = ?, sealed_id = x'', erased_at = coalesce(erased_at, ?), checksum = departed.value ->> 1
-         FROM json_each(?) AS departed WHERE entity.eid = departed.value ->> 0",
-    )
-    .bind(CopyId::from(transfer).0.to_vec())
-    .bind(at_us)
-    .bind(format!("[{}]", checksums.join(",")))
-    .execute(&mut *connection)
-    .await?;
+    if numbers.is_empty() {
+        // There is nothing to collect.
+        return Ok(numbers);
+    }
     snapshots::clear_all(connection, &numbers).await?;
     sqlx::query("INSERT OR IGNORE INTO departed(transfer, slot) VALUES (?, ?)")
         .bind(transfer.0.to_vec())
@@ -560,93 +629,46 @@ pub(crate) async fn stub_some(
 ) -> sqlx::Result<bool> {
     let copy = CopyId::from(transfer).0.to_vec();
     let rows = sqlx::query(
-        "SELECT log.position, log.seq, log.version, log.count, log.epoch, id_hash, key_id
-         FROM entity CROSS JOIN log_index USING (eid) CROSS JOIN log ON log.position = log_index.position
-         WHERE entity.slot = ? AND entity.copy = ? AND length(log.body) > 0 LIMIT ?",
+        "SELECT json_group_array(json_array(position, seq, version, count, epoch, hex(id_hash), hex(key_id))) FROM (
+             SELECT log.position, log.seq, log.version, log.count, log.epoch, id_hash, key_id
+             FROM entity CROSS JOIN log_index USING (eid) CROSS JOIN log ON log.position = log_index.position
+             WHERE entity.slot = ? AND entity.copy = ? AND length(log.body) > 0 LIMIT ?)",
     );
     let rows = rows.bind(i64::from(slot.number())).bind(copy).bind(PAGE_ROWS);
-    let rows = rows.fetch_all(&mut *connection).await?;
+    let rows: Vec<(i64, i64, i64, u32, i64, Hex, Hex)> = packed::rows(&mut *connection, rows).await?;
+    let is_last = rows.len() < PAGE_ROWS as usize;
     let mut stubs = Vec::with_capacity(rows.len());
-    for row in &rows {
-        let number = |name| row.try_get::<i64, _>(name).map(i64::cast_unsigned);
-        let (id_hash, key_id): (Vec<u8>, Vec<u8>) = (row.try_get("id_hash")?, row.try_get("key_id")?);
-        let damaged = || sqlx::Error::Decode("the row of an entity that left is damaged".into());
+    for (position, seq, version, count, epoch, id_hash, key_id) in rows {
+        let damaged = |_| packed::damaged("the row of an entity that left is damaged");
         let hash = RowHash::of(&RowFields {
             slot,
-            seq: number("seq")?,
-            id_hash: &id_hash.try_into().map_err(|_| damaged())?,
-            key_id: &key_id.try_into().map_err(|_| damaged())?,
-            version: number("version")?,
-            count: number("count")? as u32,
+            seq: seq.cast_unsigned(),
+            id_hash: &id_hash.0.try_into().map_err(damaged)?,
+            key_id: &key_id.0.try_into().map_err(damaged)?,
+            version: version.cast_unsigned(),
+            count,
             at_us: 0,
-            epoch: Epoch::from_i64(row.try_get("epoch")?),
+            epoch: Epoch::from_i64(epoch),
             append_key: None,
             body: &[],
         });
-        stubs.push(Stub { position: number("position")?, checksum: hash.checksum() });
+        stubs.push(Stub { position: position.cast_unsigned(), checksum: hash.checksum() });
     }
-    let positions: Vec<u64> = stubs.iter().map(|stub| stub.position).collect();
-    sqlx::query(FORGET_KEYS).bind(json(&positions)).execute(&mut *connection).await?;
+    let positions = stubs.iter().map(|stub| stub.position);
+    sqlx::query(FORGET_KEYS).bind(packed::numbers(positions)).execute(&mut *connection).await?;
     erase::empty(connection, stubs.into_iter()).await?;
-    if rows.len() == PAGE_ROWS as usize {
+    if !is_last {
         return Ok(false);
     }
     let done = sqlx::query("DELETE FROM departed WHERE transfer = ?").bind(transfer.0.to_vec());
     done.execute(connection).await.map(|_| true)
 }
 
-/// Rows that came in behind `after_seq`, in their order, bounded in rows and in bytes; none at the end.
-async fn incoming_page(
-    connection: &mut SqliteConnection,
-    transfer: TransferId,
-    after_seq: u64,
-) -> sqlx::Result<Vec<SqliteRow>> {
-    let lengths =
-        sqlx::query("SELECT seq, length(body) FROM incoming_log WHERE transfer = ? AND seq > ? ORDER BY seq LIMIT ?");
-    let lengths = lengths.bind(transfer.0.to_vec()).bind(after_seq.cast_signed()).bind(PAGE_ROWS);
-    let page = page_of(&lengths.fetch_all(&mut *connection).await?, PAGE_BYTES)?;
-    let Some(last) = page.last() else { return Ok(Vec::new()) };
-    sqlx::query(
-        "SELECT incoming_log.*, seq AS position, incoming_entity.entity AS eid, zeroblob(16) AS copy, incoming_entity.slot AS entity_slot,
-                kind, id_hash, life, sealed_id, key_id, created_at, erased_at, incoming_entity.checksum AS entity_checksum
-         FROM incoming_log CROSS JOIN incoming_entity USING (transfer, entity)
-         WHERE transfer = ? AND seq > ? AND seq <= ? ORDER BY seq",
-    )
-    .bind(transfer.0.to_vec())
-    .bind(after_seq.cast_signed())
-    .bind(last.cast_signed())
-    .fetch_all(connection)
-    .await
-}
+/// Rows, and their entities by their numbers.
+type Page = (Vec<StoredRow>, HashMap<i64, EntityRow>);
 
-/// Of rows with a place and a length, the places up to that which makes so many bytes. Readers buffer whole pages, so that to stop in the middle
-/// of one query would come too late; to look at a length SQLite does not read the body.
-fn page_of(lengths: &[SqliteRow], bytes_max: usize) -> sqlx::Result<Vec<u64>> {
-    let (mut page, mut bytes) = (Vec::with_capacity(lengths.len()), 0);
-    for row in lengths {
-        page.push(row.try_get::<i64, _>(0)?.cast_unsigned());
-        bytes += row.try_get::<i64, _>(1)?.cast_unsigned() as usize + ROW_BYTES;
-        if bytes >= bytes_max {
-            break;
-        }
-    }
-    Ok(page)
-}
-
-fn json(numbers: &[u64]) -> String {
-    let numbers: Vec<String> = numbers.iter().map(u64::to_string).collect();
-    format!("[{}]", numbers.join(","))
-}
-
-fn incoming_row(row: &SqliteRow) -> sqlx::Result<(EntityRow, LogRow, RowHash, i64)> {
-    let damaged = || sqlx::Error::Decode("the row of an entity that came in does not match its checksum".into());
-    let entity = EntityRow::from_joined(row)?.ok_or_else(damaged)?;
-    let (row, hash, checksum) = log_row::parse(row, &entity)?;
-    Ok((entity, row, hash, checksum))
-}
-
-/// Those of these entities that came in before.
-async fn incoming_entities(
+/// Those of these entities that came in.
+async fn incoming_among(
     connection: &mut SqliteConnection,
     transfer: TransferId,
     eids: HashSet<i64>,
@@ -654,13 +676,41 @@ async fn incoming_entities(
     if eids.is_empty() {
         return Ok(Vec::new());
     }
-    let eids: Vec<String> = eids.iter().map(i64::to_string).collect();
-    let query = sqlx::query(
+    let query = sqlx::query(packed_entities!(
         "SELECT *, entity AS eid, zeroblob(16) AS copy FROM incoming_entity
-         WHERE transfer = ? AND entity IN (SELECT value FROM json_each(?))",
-    );
-    let rows = query.bind(transfer.0.to_vec()).bind(format!("[{}]", eids.join(","))).fetch_all(connection).await?;
-    rows.iter().filter_map(|row| EntityRow::from_row(row).transpose()).collect()
+         WHERE transfer = ? AND entity IN (SELECT value FROM json_each(?))"
+    ));
+    entity_row::unpack(&query.bind(transfer.0.to_vec()).bind(packed::numbers(eids)).fetch_one(connection).await?, 0)
+}
+
+/// Some entities that came in, in the order of the numbers that they have at the giver, from the one behind `after` on.
+async fn incoming_entities(
+    connection: &mut SqliteConnection,
+    transfer: TransferId,
+    after: i64,
+) -> sqlx::Result<Vec<EntityRow>> {
+    let query = sqlx::query(packed_entities!(
+        "SELECT *, entity AS eid, zeroblob(16) AS copy FROM incoming_entity
+         WHERE transfer = ? AND entity > ? ORDER BY entity LIMIT ?"
+    ));
+    entity_row::unpack(
+        &query.bind(transfer.0.to_vec()).bind(after).bind(ENTITIES_PAGE as i64).fetch_one(connection).await?,
+        0,
+    )
+}
+
+/// Some entities of a slot, in the order of their numbers, from the one behind `after` on.
+async fn entities_of(
+    executor: impl SqliteExecutor<'_>,
+    slot: Slot,
+    copy: CopyId,
+    after: i64,
+) -> sqlx::Result<Vec<EntityRow>> {
+    let query = sqlx::query(packed_entities!(
+        "SELECT * FROM entity WHERE slot = ? AND copy = ? AND eid > ? ORDER BY eid LIMIT ?"
+    ));
+    let query = query.bind(i64::from(slot.number())).bind(copy.0.to_vec()).bind(after).bind(ENTITIES_PAGE as i64);
+    entity_row::unpack(&query.fetch_one(executor).await?, 0)
 }
 
 #[cfg(test)]

@@ -10,7 +10,9 @@ use std::collections::BTreeSet;
 
 use sqlx::{Row, sqlite::SqliteRow};
 
-use crate::{CopyId, EntityHash, EntityRow, LogRow, ReadError, Shard, log_row, statements::Bound, tail::TailRow};
+use crate::{
+    CopyId, EntityHash, EntityRow, LogRow, ReadError, Shard, log_row, packed, statements::Bound, tail::TailRow,
+};
 
 const FIND_KEY: &str = "SELECT position FROM key_index WHERE eid = ? AND append_key = ?";
 const LIST_KEYS: &str = "SELECT append_key FROM key_index WHERE eid = ? LIMIT ?";
@@ -119,8 +121,7 @@ impl Shard {
         statement: &'static str,
     ) -> Result<Vec<LogRow>, ReadError> {
         let Some(first) = tail.first() else { return Ok(Vec::new()) };
-        let positions: Vec<String> = tail.iter().map(|row| row.position.to_string()).collect();
-        let query = sqlx::query(statement).bind(format!("[{}]", positions.join(",")));
+        let query = sqlx::query(statement).bind(packed::numbers(tail.iter().map(|row| row.position)));
         let rows = self.log_rows(query, entity).await?;
         if rows.len() != tail.len() && !is_full(&rows) {
             return Err(self.bad_row(first.position, "it or a later one that was committed is not there"));

@@ -21,7 +21,7 @@ use crate::{
     row_hash::RowHash,
     schema::Role,
     slots::{self, SharedSlots, SlotImage},
-    sqlite,
+    sqlite, statements,
     tail::{SharedTail, TailRow},
     writer::WriterMessage,
 };
@@ -92,7 +92,7 @@ impl Shard {
         let images: Vec<SlotImage> = slots::slots_of(options.number, options.shards)
             .map(|slot| SlotImage::new(slot, options.owns_slots))
             .collect();
-        options.spec().create(async |connection| slots::store(connection, images.iter()).await).await
+        options.spec().create(async |connection| statements::insert_slots(connection, &images).await).await
     }
 
     /// Opens the shard and starts its writer under `supervisor`.

@@ -28,7 +28,7 @@ use crate::{
     backup_file::BackupFile,
     book::Audit,
     erase::{self, Stubbed},
-    log_row,
+    log_row, packed,
     row_hash::{Digest, RowHash},
     scrub::{Page, SoundRow},
     slots::{self, SlotImage},
@@ -464,12 +464,11 @@ impl<P: FnMut(CopyProgress) + Send> Copying<'_, P> {
         positions: impl Iterator<Item = i64>,
         commits: u64,
     ) -> Result<(), CopyError> {
-        let wanted: Vec<String> = positions.map(|position| position.to_string()).collect();
         let sizes = sqlx::query(
             "SELECT position, length(body) FROM log
              WHERE position IN (SELECT value FROM json_each(?)) AND length(body) > 0 ORDER BY position",
         )
-        .bind(format!("[{}]", wanted.join(",")));
+        .bind(packed::numbers(positions));
         let sizes = sizes.fetch_all(&mut self.file.connection).await;
         let read = |row: &SqliteRow| -> sqlx::Result<(i64, i64)> { Ok((row.try_get(0)?, row.try_get(1)?)) };
         let sizes = sizes.and_then(|rows| rows.iter().map(read).collect::<sqlx::Result<Vec<_>>>());
@@ -480,20 +479,20 @@ impl<P: FnMut(CopyProgress) + Send> Copying<'_, P> {
                 self.stub_batch(entity, &std::mem::take(&mut batch), commits).await?;
                 bytes = 0;
             }
-            batch.push(position.to_string());
+            batch.push(position);
             bytes += size;
         }
         self.stub_batch(entity, &batch, commits).await
     }
 
-    async fn stub_batch(&mut self, entity: &EntityRow, positions: &[String], commits: u64) -> Result<(), CopyError> {
+    async fn stub_batch(&mut self, entity: &EntityRow, positions: &[i64], commits: u64) -> Result<(), CopyError> {
         if positions.is_empty() {
             return Ok(());
         }
         self.file.begin().await?;
         let query =
             sqlx::query("SELECT * FROM log WHERE position IN (SELECT value FROM json_each(?)) ORDER BY position")
-                .bind(format!("[{}]", positions.join(",")));
+                .bind(packed::numbers(positions));
         let found = query.fetch_all(&mut self.file.connection).await.map_err(|error| self.file_error(error))?;
         let index = slots::index(entity.slot, self.file.shards);
         let mut stubbed = Vec::with_capacity(found.len());

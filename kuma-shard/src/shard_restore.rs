@@ -144,7 +144,7 @@ impl ShardBackup {
         let images = walk.finish(&self.file)?;
         let written = async {
             index.write(&mut connection).await?;
-            slots::store(&mut connection, images.iter()).await
+            statements::insert_slots(&mut connection, &images).await
         };
         written.await.map_err(|error| spec.read_failed(error))?;
         let mut digest = Digest::default();

@@ -14,6 +14,7 @@ use sqlx::{Row, SqliteConnection, sqlite::SqliteRow};
 
 use crate::{
     Content, Digest, DiskId, Epoch, SLOTS, Slot, SlotRecord, Staged, Token, TransferId, Txn, row_hash::RowHash,
+    statements::Bound,
 };
 
 /// One slot as its writer knows it.
@@ -155,6 +156,29 @@ impl SlotImage {
         crate::first_eight(hasher.finalize().as_bytes())
     }
 
+    /// In the order of the table's columns.
+    pub(crate) fn bind(&self, query: Bound) -> Bound {
+        let (epoch, peer, transfer) = self.parts();
+        let staged = self.staged;
+        query
+            .bind(i64::from(self.slot.number()))
+            .bind(self.state())
+            .bind(epoch.to_i64())
+            .bind(self.floor.to_i64())
+            .bind(self.last_owned.to_i64())
+            .bind(peer.map(|disk| disk.0.to_vec()))
+            .bind(transfer.map(|transfer| transfer.0.to_vec()))
+            .bind(self.next_seq.cast_signed())
+            .bind(self.len.cast_signed())
+            .bind(self.digest.to_bytes().to_vec())
+            .bind(staged.map(|staged| staged.transfer.0.to_vec()))
+            .bind(staged.map(|staged| staged.epoch.to_i64()))
+            .bind(staged.map(|staged| staged.from.0.to_vec()))
+            .bind(staged.map(|staged| staged.content.len.cast_signed()))
+            .bind(staged.map(|staged| staged.content.digest.to_vec()))
+            .bind(self.checksum())
+    }
+
     fn from_row(row: &SqliteRow) -> sqlx::Result<Option<Self>> {
         let number = |name| row.try_get::<i64, _>(name);
         let epoch = |name| number(name).map(Epoch::from_i64);
@@ -208,42 +232,6 @@ pub(crate) fn slots_of(number: u16, shards: u16) -> impl Iterator<Item = Slot> {
 /// Where a slot stands in its shard's table.
 pub(crate) fn index(slot: Slot, shards: u16) -> usize {
     usize::from(slot.number() / shards.max(1))
-}
-
-/// Writes slots as they are in memory.
-pub(crate) async fn store(
-    connection: &mut SqliteConnection,
-    slots: impl Iterator<Item = &SlotImage>,
-) -> sqlx::Result<()> {
-    for image in slots {
-        let (epoch, peer, transfer) = image.parts();
-        let staged = image.staged;
-        sqlx::query(
-            "INSERT OR REPLACE INTO slot_token(
-                 slot, state, epoch, floor, last_owned, peer, transfer, next_seq, len, digest,
-                 staged_transfer, staged_epoch, staged_from, staged_len, staged_digest, checksum)
-             VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        )
-        .bind(i64::from(image.slot.number()))
-        .bind(image.state())
-        .bind(epoch.to_i64())
-        .bind(image.floor.to_i64())
-        .bind(image.last_owned.to_i64())
-        .bind(peer.map(|disk| disk.0.to_vec()))
-        .bind(transfer.map(|transfer| transfer.0.to_vec()))
-        .bind(image.next_seq.cast_signed())
-        .bind(image.len.cast_signed())
-        .bind(image.digest.to_bytes().to_vec())
-        .bind(staged.map(|staged| staged.transfer.0.to_vec()))
-        .bind(staged.map(|staged| staged.epoch.to_i64()))
-        .bind(staged.map(|staged| staged.from.0.to_vec()))
-        .bind(staged.map(|staged| staged.content.len.cast_signed()))
-        .bind(staged.map(|staged| staged.content.digest.to_vec()))
-        .bind(image.checksum())
-        .execute(&mut *connection)
-        .await?;
-    }
-    Ok(())
 }
 
 /// Reads all slots of a shard; `Err` in the inner result says which row is damaged or missing.

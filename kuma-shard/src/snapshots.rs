@@ -8,7 +8,7 @@
 
 use sqlx::{Row, SqliteConnection, sqlite::SqliteRow};
 
-use crate::{OnSettled, ReadError, Shard, log_entry::LogEntry};
+use crate::{OnSettled, ReadError, Shard, log_entry::LogEntry, packed};
 
 /// The saved state of one entity.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -50,13 +50,9 @@ impl Shard {
     /// The file cannot be read.
     pub async fn snapshots_of(&self, eids: &[i64], bytes_max: usize) -> Result<Vec<SnapshotRow>, ReadError> {
         self.check_readable()?;
-        let json = |eids: &[i64]| {
-            let eids: Vec<String> = eids.iter().map(i64::to_string).collect();
-            format!("[{}]", eids.join(","))
-        };
         // Lengths first: to look at one SQLite does not read the body.
         let lengths = "SELECT eid, length(body) FROM snapshot WHERE eid IN (SELECT value FROM json_each(?)) ORDER BY length(body)";
-        let lengths = sqlx::query(lengths).bind(json(eids)).fetch_all(self.feeders()).await;
+        let lengths = sqlx::query(lengths).bind(packed::numbers(eids)).fetch_all(self.feeders()).await;
         let (mut wanted, mut bytes) = (Vec::new(), 0);
         for row in lengths.map_err(|error| self.read_error(error))? {
             let length: i64 = row.try_get(1).map_err(|error| self.read_error(error))?;
@@ -64,13 +60,13 @@ impl Shard {
             if bytes > bytes_max {
                 break;
             }
-            wanted.push(row.try_get(0).map_err(|error| self.read_error(error))?);
+            wanted.push(row.try_get::<i64, _>(0).map_err(|error| self.read_error(error))?);
         }
         if wanted.is_empty() {
             return Ok(Vec::new());
         }
         let rows = "SELECT eid, version, schema, body FROM snapshot WHERE eid IN (SELECT value FROM json_each(?))";
-        let rows = sqlx::query(rows).bind(json(&wanted)).fetch_all(self.feeders()).await;
+        let rows = sqlx::query(rows).bind(packed::numbers(&wanted)).fetch_all(self.feeders()).await;
         let read = |row: &SqliteRow| -> sqlx::Result<SnapshotRow> {
             let number = |name| row.try_get::<i64, _>(name).map(i64::cast_unsigned);
             let (eid, body) = (row.try_get("eid")?, row.try_get("body")?);
@@ -122,10 +118,9 @@ pub(crate) async fn clear(connection: &mut SqliteConnection, eid: i64) -> sqlx::
 
 /// Empties the snapshots of these entities.
 pub(crate) async fn clear_all(connection: &mut SqliteConnection, eids: &[i64]) -> sqlx::Result<()> {
-    let eids: Vec<String> = eids.iter().map(i64::to_string).collect();
     let clear = "UPDATE snapshot SET eid = NULL, version = 0, schema = 0, body = x''
                  WHERE eid IN (SELECT value FROM json_each(?))";
-    sqlx::query(clear).bind(format!("[{}]", eids.join(","))).execute(connection).await.map(|_| ())
+    sqlx::query(clear).bind(packed::numbers(eids)).execute(connection).await.map(|_| ())
 }
 
 #[cfg(test)]

@@ -13,11 +13,12 @@ use sqlx::{
 };
 
 use crate::{
-    Commit, CopyId, EntityRow, LogRow, Slot, TransferId,
+    Commit, CopyId, EntityRow, KeyRow, LogRow, Slot, TransferId,
     append_keys::KeyedRow,
     log_book::Place,
     progress::{self, Stored},
     schema,
+    slots::SlotImage,
     tail::TailRow,
 };
 
@@ -26,10 +27,8 @@ pub(crate) type Bound = Query<'static, Sqlite, SqliteArguments>;
 
 /// Rows in the largest insert.
 const ROWS_MAX: usize = 128;
-const ENTITY_ROWS: [usize; 3] = [32, 8, 1];
-const INDEX_ROWS: [usize; 3] = [256, 32, 1];
-
-const COPIED_ROWS: [usize; 3] = [128, 16, 1];
+/// Rows that the inserts of a table have room for.
+const SIZES: [usize; 4] = [ROWS_MAX, 32, 8, 1];
 
 const LOG_COLUMNS: usize = 11;
 const LOG_HEAD: &str =
@@ -38,6 +37,10 @@ const INCOMING_HEAD: &str =
     "INSERT INTO incoming_log(transfer, seq, slot, entity, version, count, at, epoch, append_key, checksum, body)";
 const INCOMING_ENTITY_HEAD: &str = "INSERT OR REPLACE INTO incoming_entity(
     transfer, slot, entity, kind, id_hash, life, sealed_id, key_id, created_at, erased_at, checksum)";
+const SLOT_COLUMNS: usize = 16;
+const SLOT_HEAD: &str = "INSERT OR REPLACE INTO slot_token(
+    slot, state, epoch, floor, last_owned, peer, transfer, next_seq, len, digest,
+    staged_transfer, staged_epoch, staged_from, staged_len, staged_digest, checksum)";
 const ENTITY_COLUMNS: usize = 11;
 const ENTITY_HEAD: &str =
     "INSERT INTO entity(eid, copy, slot, kind, id_hash, life, sealed_id, key_id, created_at, erased_at, checksum)";
@@ -62,14 +65,16 @@ static LAST: LazyLock<[Vec<&'static str>; 2]> = LazyLock::new(|| {
 });
 static FULL: LazyLock<&str> = LazyLock::new(|| leak(format!("{LOG_HEAD} {}", values(LOG_COLUMNS, ROWS_MAX))));
 static ONE: LazyLock<&str> = LazyLock::new(|| leak(format!("{LOG_HEAD} {}", values(LOG_COLUMNS, 1))));
-static ENTITIES: LazyLock<[&str; 3]> =
-    LazyLock::new(|| ENTITY_ROWS.map(|rows| leak(format!("{ENTITY_HEAD} {}", values(ENTITY_COLUMNS, rows)))));
-static COPIED: LazyLock<[&str; 3]> =
-    LazyLock::new(|| COPIED_ROWS.map(|rows| leak(format!("{LOG_HEAD} {}", values(LOG_COLUMNS, rows)))));
-static INCOMING: LazyLock<[&str; 3]> =
-    LazyLock::new(|| COPIED_ROWS.map(|rows| leak(format!("{INCOMING_HEAD} {}", values(LOG_COLUMNS, rows)))));
-static INCOMING_ENTITIES: LazyLock<[&str; 3]> =
-    LazyLock::new(|| ENTITY_ROWS.map(|rows| leak(format!("{INCOMING_ENTITY_HEAD} {}", values(ENTITY_COLUMNS, rows)))));
+static ENTITIES: Inserts = LazyLock::new(|| inserts(ENTITY_HEAD, ENTITY_COLUMNS));
+static COPIED: Inserts = LazyLock::new(|| inserts(LOG_HEAD, LOG_COLUMNS));
+static INCOMING: Inserts = LazyLock::new(|| inserts(INCOMING_HEAD, LOG_COLUMNS));
+static INCOMING_ENTITIES: Inserts = LazyLock::new(|| inserts(INCOMING_ENTITY_HEAD, ENTITY_COLUMNS));
+static INDEX: Inserts = LazyLock::new(|| inserts("INSERT INTO log_index(eid, version, position)", 3));
+/// The first commit with a key keeps it. Were a second one an error, it would fail every group from then on: nothing that could be
+/// refused any more is to blame for it.
+static KEY_INDEX: Inserts = LazyLock::new(|| inserts("INSERT OR IGNORE INTO key_index(eid, append_key, position)", 3));
+static SLOTS: Inserts = LazyLock::new(|| inserts(SLOT_HEAD, SLOT_COLUMNS));
+static KEYS: Inserts = LazyLock::new(|| inserts("INSERT INTO data_key(key_id, id_hash, wrapped, created_at)", 4));
 static END: LazyLock<&str> = LazyLock::new(|| leak(format!("{}; COMMIT", progress::UPDATE)));
 
 fn values(columns: usize, rows: usize) -> String {
@@ -82,15 +87,13 @@ fn leak(statement: String) -> &'static str {
     statement.leak()
 }
 
-static INDEX: LazyLock<[&str; 3]> = LazyLock::new(|| {
-    INDEX_ROWS.map(|rows| leak(format!("INSERT INTO log_index(eid, version, position) {}", values(3, rows))))
-});
-/// The first commit with a key keeps it. Were a second one an error, it would fail every group from then on: nothing that could be
-/// refused any more is to blame for it.
-static KEY_INDEX: LazyLock<[&str; 3]> = LazyLock::new(|| {
-    INDEX_ROWS
-        .map(|rows| leak(format!("INSERT OR IGNORE INTO key_index(eid, append_key, position) {}", values(3, rows))))
-});
+/// A statement for each of [`SIZES`].
+type Inserts = LazyLock<[&'static str; SIZES.len()]>;
+
+/// Rows that are not bound are NULL, and left out.
+fn inserts(head: &str, columns: usize) -> [&'static str; SIZES.len()] {
+    SIZES.map(|rows| leak(format!("{head} SELECT * FROM ({}) WHERE column1 IS NOT NULL", values(columns, rows))))
+}
 
 /// Runs a statement that has no parameters.
 pub(crate) async fn execute(connection: &mut SqliteConnection, statement: &'static str) -> sqlx::Result<()> {
@@ -151,12 +154,12 @@ pub(crate) async fn insert_one(connection: &mut SqliteConnection, row: &(&Commit
 
 /// Inserts new entities.
 pub(crate) async fn insert_entities(connection: &mut SqliteConnection, entities: &[&EntityRow]) -> sqlx::Result<()> {
-    insert_all(connection, ENTITY_ROWS, *ENTITIES, entities, |query, entity| bind_entity(query, entity)).await
+    insert_all(connection, *ENTITIES, entities, |query, entity| bind_entity(query, entity)).await
 }
 
 /// Adds rows of the log to its index.
 pub(crate) async fn insert_index(connection: &mut SqliteConnection, rows: &[TailRow]) -> sqlx::Result<()> {
-    insert_all(connection, INDEX_ROWS, *INDEX, rows, |query, row| {
+    insert_all(connection, *INDEX, rows, |query, row| {
         query.bind(row.eid).bind(row.version.cast_signed()).bind(row.position.cast_signed())
     })
     .await
@@ -164,7 +167,7 @@ pub(crate) async fn insert_index(connection: &mut SqliteConnection, rows: &[Tail
 
 /// Adds rows of the log that have an append key to the index of those.
 pub(crate) async fn insert_keys(connection: &mut SqliteConnection, rows: &[KeyedRow]) -> sqlx::Result<()> {
-    insert_all(connection, INDEX_ROWS, *KEY_INDEX, rows, |query, row| {
+    insert_all(connection, *KEY_INDEX, rows, |query, row| {
         query.bind(row.eid).bind(row.append_key.to_vec()).bind(row.position.cast_signed())
     })
     .await
@@ -179,7 +182,7 @@ pub(crate) struct CopiedRow {
 
 /// Inserts rows of the log that have their places.
 pub(crate) async fn insert_copied(connection: &mut SqliteConnection, rows: &[CopiedRow]) -> sqlx::Result<()> {
-    insert_all(connection, COPIED_ROWS, *COPIED, rows, |query, CopiedRow { eid, row, checksum }| {
+    insert_all(connection, *COPIED, rows, |query, CopiedRow { eid, row, checksum }| {
         query
             .bind(row.position.cast_signed())
             .bind(i64::from(row.slot.number()))
@@ -216,7 +219,7 @@ pub(crate) async fn insert_incoming_entities(
     connection: &mut SqliteConnection,
     entities: &[IncomingEntity<'_>],
 ) -> sqlx::Result<()> {
-    insert_all(connection, ENTITY_ROWS, *INCOMING_ENTITIES, entities, |query, incoming| {
+    insert_all(connection, *INCOMING_ENTITIES, entities, |query, incoming| {
         let IncomingEntity { transfer, slot, entity } = incoming;
         query
             .bind(transfer.0.to_vec())
@@ -239,7 +242,7 @@ pub(crate) async fn insert_incoming_rows(
     connection: &mut SqliteConnection,
     rows: &[IncomingRow<'_>],
 ) -> sqlx::Result<()> {
-    insert_all(connection, COPIED_ROWS, *INCOMING, rows, |query, incoming| {
+    insert_all(connection, *INCOMING, rows, |query, incoming| {
         let IncomingRow { transfer, eid, row, checksum } = incoming;
         query
             .bind(transfer.0.to_vec())
@@ -257,20 +260,28 @@ pub(crate) async fn insert_incoming_rows(
     .await
 }
 
-/// Inserts `rows` by those of `statements`, which take so many rows as `sizes` says, that need the fewest round trips.
+/// Writes slots, in place of those that were written before.
+pub(crate) async fn insert_slots(connection: &mut SqliteConnection, slots: &[SlotImage]) -> sqlx::Result<()> {
+    insert_all(connection, *SLOTS, slots, |query, image| image.bind(query)).await
+}
+
+/// Inserts wrapped keys.
+pub(crate) async fn insert_key_rows(connection: &mut SqliteConnection, rows: &[&KeyRow]) -> sqlx::Result<()> {
+    insert_all(connection, *KEYS, rows, |query, row| row.bind(query)).await
+}
+
+/// Inserts `rows` in the fewest round trips.
 async fn insert_all<Row: Sync>(
     connection: &mut SqliteConnection,
-    sizes: [usize; 3],
-    statements: [&'static str; 3],
+    statements: [&'static str; SIZES.len()],
     mut rows: &[Row],
     bind: fn(Bound, &Row) -> Bound,
 ) -> sqlx::Result<()> {
-    for (size, statement) in sizes.into_iter().zip(statements) {
-        while rows.len() >= size {
-            let (now, later) = rows.split_at(size);
-            now.iter().fold(sqlx::query(statement), bind).execute(&mut *connection).await?;
-            rows = later;
-        }
+    while !rows.is_empty() {
+        let fits = SIZES.iter().rposition(|size| *size >= rows.len()).unwrap_or(0);
+        let (now, later) = rows.split_at(rows.len().min(SIZES[fits]));
+        now.iter().fold(sqlx::query(statements[fits]), bind).execute(&mut *connection).await?;
+        rows = later;
     }
     Ok(())
 }
