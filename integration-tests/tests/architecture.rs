@@ -126,3 +126,17 @@ fn every_crate_is_under_the_lints_of_the_workspace() {
         assert!(manifest.contains("[lints]\nworkspace = true"), "{} does not inherit the lints", package.name);
     }
 }
+
+/// Such a statement would be compiled each time that it is run: see `kuma-shard/src/statements.rs`.
+#[test]
+fn no_statement_has_a_limit_that_sqlite_plans_by() {
+    let sources = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().join("kuma-shard/src");
+    let mut files = 0;
+    for file in fs::read_dir(sources).unwrap().map(|entry| entry.unwrap().path()).filter(|path| path.is_file()) {
+        let text = fs::read_to_string(&file).unwrap();
+        let code = text.lines().filter(|line| !line.trim_start().starts_with("//"));
+        assert_eq!(code.filter(|line| line.contains("LIMIT ?")).count(), 0, "{}: say LIMIT 0 + ?", file.display());
+        files += 1;
+    }
+    assert!(files > 40, "{files}");
+}

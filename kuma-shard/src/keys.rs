@@ -395,7 +395,7 @@ impl KeyStore {
     /// # Errors
     /// The file cannot be read.
     pub async fn page(&self, after: i64, rows_max: u32) -> Result<BTreeMap<i64, KeyRow>, ReadError> {
-        let rows = sqlx::query("SELECT number, key_id, id_hash, wrapped, created_at FROM data_key WHERE number > ? AND key_id IS NOT NULL ORDER BY number LIMIT ?")
+        let rows = sqlx::query("SELECT number, key_id, id_hash, wrapped, created_at FROM data_key WHERE number > ? AND key_id IS NOT NULL ORDER BY number LIMIT 0 + ?")
             .bind(after)
             .bind(rows_max)
             .fetch_all(&self.database.readers)

@@ -204,7 +204,7 @@ impl KeysBackup {
 
     async fn page(&mut self, after: i64) -> Result<Vec<(i64, KeyRow)>, CopyError> {
         let query = sqlx::query(
-            "SELECT number, key_id, id_hash, wrapped, created_at FROM data_key WHERE number > ? ORDER BY number LIMIT ?",
+            "SELECT number, key_id, id_hash, wrapped, created_at FROM data_key WHERE number > ? ORDER BY number LIMIT 0 + ?",
         );
         let rows = query.bind(after).bind(PAGE_ROWS).fetch_all(&mut self.connection).await;
         let rows = rows.map_err(|error| CopyError::of(&self.path, error))?;

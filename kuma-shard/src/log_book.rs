@@ -396,15 +396,7 @@ impl LogBook {
                     let (before, after) = created.split_at(created.partition_point(|entity| entity.eid < first_eid));
                     statements::insert_entities(connection, before).await?;
                     created = after;
-                    let (tail, keys) = (&mut staged.rows, &mut staged.keys);
-                    let came = moving::take(connection, transfer, first_eid, first_position, |taken| {
-                        let moving::TakenRow { eid, version, position, append_key } = taken;
-                        tail.push(TailRow { eid, version, position });
-                        if let Some(append_key) = &append_key {
-                            keys.note(eid, append_key, position);
-                        }
-                    });
-                    if came.await? != rows {
+                    if moving::take(connection, transfer, first_eid, first_position).await? != rows {
                         return Err(sqlx::Error::Decode("what came in of a slot is not what was staged".into()));
                     }
                 }

@@ -25,7 +25,7 @@ const ENTITIES_MAX: usize = 1 << 16;
 const PAGE: &str =
     "SELECT position, slot, seq, eid, version, count, at, epoch, append_key, checksum, length(body) AS bytes,
      CASE WHEN length(body) <= 32768 THEN body ELSE x'' END AS body
-     FROM log NOT INDEXED WHERE position > ? AND position <= ? ORDER BY position LIMIT ?";
+     FROM log NOT INDEXED WHERE position > ? AND position <= ? ORDER BY position LIMIT 0 + ?";
 
 /// A commit in the log, with its entity.
 #[derive(Clone, Debug)]

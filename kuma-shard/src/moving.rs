@@ -49,7 +49,7 @@ const DROPPED_ROWS: u32 = 256;
 /// What a row has beside its body.
 const ROW_BYTES: usize = 160;
 /// Of one page that goes out, and of one that is read back; the row that exceeds it is the last.
-const OUTGOING_BYTES: i64 = 48 << 10;
+const OUTGOING_BYTES: i64 = 56 << 10;
 const INCOMING_BYTES: i64 = 1 << 20;
 /// Entities that are read at a time.
 const ENTITIES_PAGE: usize = 1024;
@@ -82,6 +82,31 @@ macro_rules! outgoing_of {
         )
     };
 }
+
+/// Inserts what came in of a slot. Entities are numbered in the order of the numbers that they have at the giver.
+macro_rules! take_into {
+    ($table:literal, $columns:literal, $where:literal) => {
+        concat!(
+            "INSERT INTO ",
+            $table,
+            " SELECT ",
+            $columns,
+            " FROM incoming_log CROSS JOIN (
+                 SELECT entity, ?3 - 1 + row_number() OVER (ORDER BY entity) AS eid FROM incoming_entity WHERE transfer = ?1
+             ) USING (entity) WHERE transfer = ?1 ",
+            $where,
+            " ORDER BY seq"
+        )
+    };
+}
+const TAKE_ROWS: &str = take_into!(
+    "log(position, slot, seq, eid, version, count, at, epoch, append_key, checksum, body)",
+    "?2 + seq - 1, slot, seq, eid, version, count, at, epoch, append_key, checksum, body",
+    ""
+);
+const TAKE_INDEX: &str = take_into!("log_index(eid, version, position)", "eid, version, ?2 + seq - 1", "");
+const TAKE_KEYS: &str =
+    take_into!("key_index(eid, append_key, position)", "eid, append_key, ?2 + seq - 1", "AND append_key IS NOT NULL");
 
 /// Takes the append keys of rows, which still have them, out of their index.
 const FORGET_KEYS: &str = "DELETE FROM key_index WHERE (eid, append_key) IN (
@@ -210,7 +235,7 @@ impl Shard {
         let mut last_seq = before.last_seq;
         loop {
             let query = sqlx::query(page_of!(
-                "SELECT seq AS place, entity, length(body) AS bytes FROM incoming_log WHERE transfer = ?1 AND seq > ?2 ORDER BY seq LIMIT ?3",
+                "SELECT seq AS place, entity, length(body) AS bytes FROM incoming_log WHERE transfer = ?1 AND seq > ?2 ORDER BY seq LIMIT 0 + ?3",
                 "SELECT incoming_log.*, seq AS position, incoming_log.entity AS eid
                  FROM page CROSS JOIN incoming_log ON transfer = ?1 AND seq = page.place",
                 "SELECT *, entity AS eid, zeroblob(16) AS copy FROM incoming_entity
@@ -346,7 +371,7 @@ impl Shard {
         Ok(positions)
     }
 
-    /// The rows at the first of these positions, in their order, until they make some 48 KiB: at least one.
+    /// The rows at the first of these positions, in their order, until they make some 56 KiB: at least one.
     ///
     /// # Errors
     /// The file cannot be read, or a row is damaged.
@@ -368,7 +393,7 @@ impl Shard {
         self.outgoing(found, entities)
     }
 
-    /// The rows of a slot behind a position of the shard's log, until they make some 48 KiB; at least one, if there is one.
+    /// The rows of a slot behind a position of the shard's log, until they make some 56 KiB; at least one, if there is one.
     ///
     /// # Errors
     /// The file cannot be read, or a row is damaged.
@@ -378,7 +403,7 @@ impl Shard {
         let end = *self.end().borrow();
         let query = sqlx::query(outgoing_of!(
             "SELECT position AS place, eid AS entity, length(body) AS bytes FROM log NOT INDEXED
-             WHERE position > ? AND position <= ? AND slot = ? ORDER BY position LIMIT ?"
+             WHERE position > ? AND position <= ? AND slot = ? ORDER BY position LIMIT 0 + ?"
         ));
         let query = query.bind(after.cast_signed()).bind(end.cast_signed()).bind(i64::from(slot.number()));
         let (found, entities) =
@@ -488,31 +513,20 @@ pub(crate) async fn receive(
     Ok(Ok(()))
 }
 
-/// A row that became one of the shard's log.
-pub(crate) struct TakenRow {
-    pub(crate) eid: i64,
-    pub(crate) version: u64,
-    pub(crate) position: u64,
-    pub(crate) append_key: Option<Vec<u8>>,
-}
-
-/// Copies what came in under `transfer` to the tables of the shard, in the open transaction: its entities get numbers from `first_eid` on, its
-/// rows places from `first_position` on. `each` is told of every row.
+/// Copies what came in under `transfer` to the tables of the shard and their indexes, in the open transaction: its entities get numbers from
+/// `first_eid` on, its rows places from `first_position` on. Returns how many rows there were.
 pub(crate) async fn take(
     connection: &mut SqliteConnection,
     transfer: TransferId,
     first_eid: i64,
     first_position: u64,
-    mut each: impl FnMut(TakenRow),
 ) -> sqlx::Result<u64> {
-    let (mut numbers, mut next_eid, mut after) = (HashMap::new(), first_eid, i64::MIN);
+    let (mut next_eid, mut after) = (first_eid, i64::MIN);
     loop {
         let mut page = incoming_entities(connection, transfer, after).await?;
         let is_last = page.len() < ENTITIES_PAGE;
-        after = page.last().map_or(after, |last| last.eid);
         for entity in &mut page {
-            numbers.insert(entity.eid, next_eid);
-            entity.eid = next_eid;
+            (after, entity.eid) = (entity.eid, next_eid);
             next_eid += 1;
         }
         statements::insert_entities(connection, &page.iter().collect::<Vec<_>>()).await?;
@@ -521,45 +535,19 @@ pub(crate) async fn take(
         }
     }
     // Bodies stay inside SQLite: they were read back when they came, and are checked whenever they are read.
-    let numbered =
-        "(SELECT entity, row_number() OVER (ORDER BY entity) - 1 AS place FROM incoming_entity WHERE transfer = ?1)";
-    let moved = sqlx::query(sqlx::AssertSqlSafe(format!(
-        "INSERT INTO log(position, slot, seq, eid, version, count, at, epoch, append_key, checksum, body)
-         SELECT ?2 + seq - 1, slot, seq, ?3 + place, version, count, at, epoch, append_key, checksum, body
-         FROM incoming_log CROSS JOIN {numbered} USING (entity) WHERE transfer = ?1 ORDER BY seq"
-    )));
-    let moved = moved.bind(transfer.0.to_vec()).bind(first_position.cast_signed()).bind(first_eid);
-    let moved = moved.execute(&mut *connection).await?.rows_affected();
-    let mut after = 0;
-    loop {
-        let page = sqlx::query(
-            "SELECT json_group_array(json_array(seq, entity, version, iif(append_key IS NULL, NULL, hex(append_key))) ORDER BY seq)
-             FROM (SELECT * FROM incoming_log WHERE transfer = ? AND seq > ? ORDER BY seq LIMIT ?)",
-        );
-        let page = page.bind(transfer.0.to_vec()).bind(after).bind(ENTITIES_PAGE as i64);
-        let page: Vec<(i64, i64, i64, Option<Hex>)> = packed::rows(&mut *connection, page).await?;
-        let is_last = page.len() < ENTITIES_PAGE;
-        after = page.last().map_or(after, |(seq, ..)| *seq);
-        for (seq, entity, version, append_key) in page {
-            let unknown = || packed::damaged("a row that came in belongs to no entity that did");
-            each(TakenRow {
-                eid: *numbers.get(&entity).ok_or_else(unknown)?,
-                version: version.cast_unsigned(),
-                position: first_position + seq.cast_unsigned() - 1,
-                append_key: append_key.map(|key| key.0),
-            });
-        }
-        if is_last {
-            break;
-        }
+    let mut rows = 0;
+    for insert in [TAKE_ROWS, TAKE_INDEX, TAKE_KEYS] {
+        let insert = sqlx::query(insert).bind(transfer.0.to_vec()).bind(first_position.cast_signed()).bind(first_eid);
+        let inserted = insert.execute(&mut *connection).await?.rows_affected();
+        rows = rows.max(inserted);
     }
-    Ok(moved)
+    Ok(rows)
 }
 
 /// Drops some of what came in, in the open transaction; says whether that was all. Emptied where it stands first, so that no page keeps a copy.
 pub(crate) async fn drop_some(connection: &mut SqliteConnection, transfer: TransferId) -> sqlx::Result<bool> {
     let name = || transfer.0.to_vec();
-    let some = "SELECT number FROM incoming_log WHERE transfer = ? ORDER BY seq LIMIT ?";
+    let some = "SELECT number FROM incoming_log WHERE transfer = ? ORDER BY seq LIMIT 0 + ?";
     sqlx::query(sqlx::AssertSqlSafe(format!(
         "UPDATE incoming_log SET append_key = NULL, body = x'' WHERE number IN ({some})"
     )))
@@ -632,7 +620,7 @@ pub(crate) async fn stub_some(
         "SELECT json_group_array(json_array(position, seq, version, count, epoch, hex(id_hash), hex(key_id))) FROM (
              SELECT log.position, log.seq, log.version, log.count, log.epoch, id_hash, key_id
              FROM entity CROSS JOIN log_index USING (eid) CROSS JOIN log ON log.position = log_index.position
-             WHERE entity.slot = ? AND entity.copy = ? AND length(log.body) > 0 LIMIT ?)",
+             WHERE entity.slot = ? AND entity.copy = ? AND length(log.body) > 0 LIMIT 0 + ?)",
     );
     let rows = rows.bind(i64::from(slot.number())).bind(copy).bind(PAGE_ROWS);
     let rows: Vec<(i64, i64, i64, u32, i64, Hex, Hex)> = packed::rows(&mut *connection, rows).await?;
@@ -691,7 +679,7 @@ async fn incoming_entities(
 ) -> sqlx::Result<Vec<EntityRow>> {
     let query = sqlx::query(packed_entities!(
         "SELECT *, entity AS eid, zeroblob(16) AS copy FROM incoming_entity
-         WHERE transfer = ? AND entity > ? ORDER BY entity LIMIT ?"
+         WHERE transfer = ? AND entity > ? ORDER BY entity LIMIT 0 + ?"
     ));
     entity_row::unpack(
         &query.bind(transfer.0.to_vec()).bind(after).bind(ENTITIES_PAGE as i64).fetch_one(connection).await?,
@@ -707,7 +695,7 @@ async fn entities_of(
     after: i64,
 ) -> sqlx::Result<Vec<EntityRow>> {
     let query = sqlx::query(packed_entities!(
-        "SELECT * FROM entity WHERE slot = ? AND copy = ? AND eid > ? ORDER BY eid LIMIT ?"
+        "SELECT * FROM entity WHERE slot = ? AND copy = ? AND eid > ? ORDER BY eid LIMIT 0 + ?"
     ));
     let query = query.bind(i64::from(slot.number())).bind(copy.0.to_vec()).bind(after).bind(ENTITIES_PAGE as i64);
     entity_row::unpack(&query.fetch_one(executor).await?, 0)

@@ -17,6 +17,7 @@ use crate::{
     book::Progress,
     database::Database,
     open::FileSpec,
+    packed,
     progress::Stored,
     row_hash::RowHash,
     schema::Role,
@@ -412,7 +413,7 @@ impl NodeStore {
     /// # Errors
     /// The file cannot be read, or a row is damaged.
     pub async fn tombstones(&self, after: i64, rows_max: u32) -> Result<Vec<(i64, Tombstone)>, ReadError> {
-        let page = format!("SELECT {COLUMNS} FROM tombstone WHERE number > ? ORDER BY number LIMIT ?");
+        let page = format!("SELECT {COLUMNS} FROM tombstone WHERE number > ? ORDER BY number LIMIT 0 + ?");
         self.tombstones_by(sqlx::query(sqlx::AssertSqlSafe(page)).bind(after).bind(rows_max)).await
     }
 
@@ -440,15 +441,12 @@ impl NodeStore {
     /// # Errors
     /// The file cannot be read, or a row is damaged.
     pub async fn tombstones_by_key(&self, key_ids: &[[u8; 16]]) -> Result<Vec<Tombstone>, ReadError> {
-        let mut found = Vec::with_capacity(key_ids.len());
-        for key_ids in key_ids.chunks(256) {
-            let places = vec!["?"; key_ids.len()].join(", ");
-            let by_key = format!("SELECT {COLUMNS} FROM tombstone WHERE key_id IN ({places})");
-            let query = sqlx::query(sqlx::AssertSqlSafe(by_key));
-            let query = key_ids.iter().fold(query, |query, key_id| query.bind(key_id.to_vec()));
-            found.extend(self.tombstones_by(query).await?.into_iter().map(|(_, tombstone)| tombstone));
+        if key_ids.is_empty() {
+            return Ok(Vec::new());
         }
-        Ok(found)
+        let by_key = format!("SELECT {COLUMNS} FROM tombstone WHERE key_id IN (SELECT unhex(value) FROM json_each(?))");
+        let query = sqlx::query(sqlx::AssertSqlSafe(by_key)).bind(packed::names(key_ids));
+        Ok(self.tombstones_by(query).await?.into_iter().map(|(_, tombstone)| tombstone).collect())
     }
 
     /// The tombstones of an entity, oldest life first.

@@ -16,7 +16,8 @@ impl TryFrom<String> for Hex {
     type Error = hex::FromHexError;
 
     fn try_from(text: String) -> Result<Self, Self::Error> {
-        hex::decode(text).map(Hex)
+        let mut bytes = vec![0; text.len() / 2];
+        hex::decode_to_slice(text, &mut bytes).map(|()| Hex(bytes))
     }
 }
 

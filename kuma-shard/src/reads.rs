@@ -15,7 +15,7 @@ use crate::{
 };
 
 const FIND_KEY: &str = "SELECT position FROM key_index WHERE eid = ? AND append_key = ?";
-const LIST_KEYS: &str = "SELECT append_key FROM key_index WHERE eid = ? LIMIT ?";
+const LIST_KEYS: &str = "SELECT append_key FROM key_index WHERE eid = ? LIMIT 0 + ?";
 
 /// A page of an entity's log ends with the commit that makes its bodies so large; one that is partly in the index and partly in the tail,
 /// with that in each.
@@ -41,9 +41,9 @@ macro_rules! page_of {
 }
 
 pub(crate) const AFTER: &str =
-    page_of!("SELECT position FROM log_index WHERE eid = ? AND version > ? ORDER BY version LIMIT ?", "ASC");
+    page_of!("SELECT position FROM log_index WHERE eid = ? AND version > ? ORDER BY version LIMIT 0 + ?", "ASC");
 const BEFORE: &str =
-    page_of!("SELECT position FROM log_index WHERE eid = ? AND version < ? ORDER BY version DESC LIMIT ?", "DESC");
+    page_of!("SELECT position FROM log_index WHERE eid = ? AND version < ? ORDER BY version DESC LIMIT 0 + ?", "DESC");
 const NOTED: &str = page_of!("SELECT value AS position FROM json_each(?)", "ASC");
 const NOTED_BACKWARD: &str = page_of!("SELECT value AS position FROM json_each(?)", "DESC");
 
@@ -204,7 +204,7 @@ impl Shard {
     /// The file cannot be read.
     pub async fn entities(&self, after: i64, rows_max: u32) -> Result<Vec<Result<EntityRow, i64>>, ReadError> {
         self.check_readable()?;
-        let rows = sqlx::query("SELECT * FROM entity WHERE eid > ? ORDER BY eid LIMIT ?")
+        let rows = sqlx::query("SELECT * FROM entity WHERE eid > ? ORDER BY eid LIMIT 0 + ?")
             .bind(after)
             .bind(rows_max)
             .fetch_all(&self.database().readers)

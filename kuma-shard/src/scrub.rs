@@ -115,7 +115,7 @@ impl Extent {
     /// to stop in the middle of one query would come too late.
     async fn look(connection: &mut SqliteConnection, after: u64, end: u64, rows_max: u32) -> sqlx::Result<Extent> {
         let rows = sqlx::query(
-            "SELECT position, length(body) FROM log NOT INDEXED WHERE position > ? AND position < ? ORDER BY position LIMIT ?",
+            "SELECT position, length(body) FROM log NOT INDEXED WHERE position > ? AND position < ? ORDER BY position LIMIT 0 + ?",
         )
         .bind(stored(after))
         .bind(stored(end))

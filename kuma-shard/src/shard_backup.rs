@@ -135,7 +135,7 @@ impl Shard {
 
     /// The numbers of erased entities above `after`, in order.
     async fn erased_eids(&self, after: i64, rows_max: u32) -> Result<Vec<i64>, CopyError> {
-        let rows = sqlx::query("SELECT eid FROM entity WHERE erased_at IS NOT NULL AND eid > ? ORDER BY eid LIMIT ?")
+        let rows = sqlx::query("SELECT eid FROM entity WHERE erased_at IS NOT NULL AND eid > ? ORDER BY eid LIMIT 0 + ?")
             .bind(after)
             .bind(rows_max)
             .fetch_all(&self.database().readers)
@@ -445,7 +445,7 @@ impl<P: FnMut(CopyProgress) + Send> Copying<'_, P> {
         let rows = sqlx::query(
             "SELECT log_index.version, log.position, length(log.body) = 0
              FROM log_index CROSS JOIN log ON log.position = log_index.position
-             WHERE log_index.eid = ? AND log_index.version > ? ORDER BY log_index.version LIMIT ?",
+             WHERE log_index.eid = ? AND log_index.version > ? ORDER BY log_index.version LIMIT 0 + ?",
         )
         .bind(eid)
         .bind(after)

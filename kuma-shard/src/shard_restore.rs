@@ -229,7 +229,7 @@ impl Walk {
         file: &mut BackupFile,
         destroyed: &Destroyed,
     ) -> Result<Option<Vec<EntityRow>>, CopyError> {
-        let query = sqlx::query("SELECT * FROM entity WHERE eid > ? ORDER BY eid LIMIT ?").bind(self.last_eid);
+        let query = sqlx::query("SELECT * FROM entity WHERE eid > ? ORDER BY eid LIMIT 0 + ?").bind(self.last_eid);
         let rows = query.bind(PAGE_ROWS).fetch_all(&mut file.connection).await;
         let mut page = Vec::new();
         for row in rows.map_err(|error| CopyError::of(&file.path, error))? {
