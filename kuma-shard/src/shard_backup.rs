@@ -135,12 +135,13 @@ impl Shard {
 
     /// The numbers of erased entities above `after`, in order.
     async fn erased_eids(&self, after: i64, rows_max: u32) -> Result<Vec<i64>, CopyError> {
-        let rows = sqlx::query("SELECT eid FROM entity WHERE erased_at IS NOT NULL AND eid > ? ORDER BY eid LIMIT 0 + ?")
-            .bind(after)
-            .bind(rows_max)
-            .fetch_all(&self.database().readers)
-            .await
-            .map_err(|error| self.read_error(error))?;
+        let rows =
+            sqlx::query("SELECT eid FROM entity WHERE erased_at IS NOT NULL AND eid > ? ORDER BY eid LIMIT 0 + ?")
+                .bind(after)
+                .bind(rows_max)
+                .fetch_all(&self.database().readers)
+                .await
+                .map_err(|error| self.read_error(error))?;
         rows.iter().map(|row| row.try_get(0).map_err(|error| self.read_error(error).into())).collect()
     }
 }
