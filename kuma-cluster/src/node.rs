@@ -930,6 +930,7 @@ async fn serve(shared: &Arc<Shared>, from: DiskId, kind: u8, body: &[u8]) -> Opt
             }
             nothing
         }
+        kind::COMMIT => Some(wire::encode(&subscribe::commit(shared, &wire::decode(body)?).await)),
         kind::FEED => Some(wire::encode(&subscribe::serve(shared, wire::decode(body)?).await)),
         kind::ENDS => Some(wire::encode(&subscribe::ends(shared))),
         kind::JOIN => Some(wire::encode(&admit(shared, from, wire::decode(body)?).await)),

@@ -44,7 +44,7 @@ use tokio::{
 use crate::{
     shared::Shared,
     slot_checkpoint::{EVER, SlotCheckpoint, SlotCheckpointError},
-    wire::{self, FeedFrame, FeedReply, kind},
+    wire::{self, CommitFrame, CommitReply, FeedFrame, FeedReply, kind},
 };
 
 /// Answers of one node that are held: one that is being handed out, and the next.
@@ -134,6 +134,8 @@ pub struct Subscription {
     /// Of what was handed out, but for the seqs, which its readers know too.
     checkpoint: SlotCheckpoint,
     current: Option<Current>,
+    /// The place of the commit of which something was handed out last.
+    last: Option<(Slot, u64)>,
     told: watch::Receiver<i64>,
     /// Whether there may be erasures that were not read yet.
     untold: bool,
@@ -309,6 +311,7 @@ impl Subscription {
             _readers: readers,
             checkpoint,
             current: None,
+            last: None,
             told,
             untold: true,
             notices: VecDeque::new(),
@@ -334,6 +337,39 @@ impl Subscription {
                 Ready::Nothing => self.wait().await?,
             }
         }
+    }
+
+    /// The next one of those that are before `ends`, which are seqs by slot; none when all of them were handed out.
+    ///
+    /// # Cancel safety
+    /// Cancel safe: nothing is lost.
+    pub(crate) async fn next_before(&mut self, ends: &[u64]) -> Result<Option<Delivery>, SubscribeError> {
+        loop {
+            match self.ready().await? {
+                Ready::Erased(erased) => return Ok(Some(Delivery::Erased(erased))),
+                Ready::Answer => match self.hand_out() {
+                    Some(delivery) => return Ok(Some(delivery)),
+                    None => self.current = None,
+                },
+                Ready::Nothing => {
+                    let is_there = (0..).map(Slot::new).zip(ends).all(|(slot, end)| self.common.seq(slot) >= *end);
+                    if self.current.is_none() && is_there {
+                        return Ok(None);
+                    }
+                    self.wait().await?;
+                }
+            }
+        }
+    }
+
+    /// The place of the commit of which something was handed out last, if it has one.
+    pub(crate) fn last_place(&self) -> Option<(Slot, u64)> {
+        self.last
+    }
+
+    /// The number of the last erasure that was told.
+    pub(crate) fn told_up_to(&self) -> i64 {
+        self.checkpoint.told.1
     }
 
     /// Whole commits of what comes next, and up to where that goes; waits until there is something. Not to be mixed with [`Subscription::next`].
@@ -528,6 +564,7 @@ impl Subscription {
                 && let Some(rest) = &mut part.commit
             {
                 let event = rest.events.next();
+                self.last = Some(rest.place);
                 if rest.events.len() == 0 {
                     self.common.pass(rest.place.0, rest.place.1);
                     part.commit = None;
@@ -545,6 +582,7 @@ impl Subscription {
                     self.current.as_mut()?.part.as_mut()?.commit = Some(rest);
                 }
                 FedItem::Unreadable(place, unreadable) => {
+                    self.last = place;
                     if let Some((slot, seq)) = place {
                         self.common.pass(slot, seq);
                     }
@@ -827,6 +865,53 @@ async fn feed_of(shared: &Arc<Shared>, disk: DiskId, ask: FeedAsk) -> Result<Fee
     match reply {
         FeedReply::Answer(answer) => Ok(answer),
         FeedReply::NotReady => Err("it does not serve yet".to_owned()),
+    }
+}
+
+fn owns(shared: &Shared, slot: Slot) -> bool {
+    shared.slots.record(slot).is_some_and(|record| record.owned().is_some())
+}
+
+/// One commit, from whoever owns its slot.
+pub(crate) async fn commit_of(shared: &Arc<Shared>, frame: CommitFrame) -> Result<Option<FedItem>, String> {
+    let until = Instant::now() + ENDS_WITHIN;
+    loop {
+        let slot = frame.slot;
+        let owner = if owns(shared, slot) { Some(shared.own) } else { shared.routes.get(slot).map(|(_, disk)| disk) };
+        let reply = match owner {
+            None => Err(format!("who owns slot {slot} is not known yet")),
+            Some(disk) if disk == shared.own => Ok(commit(shared, &frame).await),
+            Some(disk) => match call(shared, disk, kind::COMMIT, wire::encode(&frame)).await {
+                Ok(reply) => wire::decode(&reply).ok_or_else(|| {
+                    format!("node {} runs another version: its answer cannot be read", shared.name_of(disk))
+                }),
+                Err(why) => Err(format!("slot {slot} is out of reach with node {}: {why}", shared.name_of(disk))),
+            },
+        };
+        let why = match reply {
+            Ok(CommitReply::Found(found)) => return Ok(found),
+            Ok(CommitReply::Failed(why)) => return Err(why),
+            Ok(CommitReply::NotOwner) => format!("slot {slot} is on its way"),
+            Err(why) => why,
+        };
+        if Instant::now() > until || shared.is_closing.load(SeqCst) {
+            return Err(why);
+        }
+        tokio::time::sleep(AGAIN[0]).await;
+    }
+}
+
+/// One commit of a slot of this node.
+pub(crate) async fn commit(shared: &Shared, frame: &CommitFrame) -> CommitReply {
+    let CommitFrame { filter, slot, seq, entity } = frame;
+    if !shared.has_passed.load(SeqCst) || !owns(shared, *slot) {
+        return CommitReply::NotOwner;
+    }
+    match shared.slots.commit(filter, *slot, *seq, *entity).await {
+        // It was given away meanwhile: that it is not here says nothing.
+        _ if !owns(shared, *slot) => CommitReply::NotOwner,
+        Ok(found) => CommitReply::Found(found),
+        Err(why) => CommitReply::Failed(why),
     }
 }
 

@@ -3,7 +3,8 @@
 //! Bytes from another node are never trusted to be well-formed: what cannot be read is answered by "not known", and dropped.
 
 use kuma_core::{
-    DiskId, Epoch, ErasedLife, FeedAnswer, FeedAsk, Metadata, NewEvent, Reason, Slot, SlotChunk, TransferId, Version,
+    DiskId, EntityHash, Epoch, ErasedLife, FedItem, FeedAnswer, FeedAsk, Filter, Metadata, NewEvent, Reason, Slot,
+    SlotChunk, TransferId, Version,
 };
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
@@ -43,6 +44,8 @@ pub mod kind {
     pub const FEED: u8 = 11;
     /// How far the logs of a node's slots go.
     pub const ENDS: u8 = 12;
+    /// One commit of a slot's log.
+    pub const COMMIT: u8 = 13;
 }
 
 /// What each side says first.
@@ -136,6 +139,30 @@ pub enum FeedReply {
     Answer(FeedAnswer),
     /// The node does not serve yet.
     NotReady,
+}
+
+/// Asks for one commit.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct CommitFrame {
+    /// Which of its events.
+    pub filter: Filter,
+    /// The slot.
+    pub slot: Slot,
+    /// The place in its log.
+    pub seq: u64,
+    /// Whose it is.
+    pub entity: EntityHash,
+}
+
+/// What becomes of that.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum CommitReply {
+    /// This; none if it is erased.
+    Found(Option<FedItem>),
+    /// The slot is another node's, or on its way.
+    NotOwner,
+    /// It cannot be read, in words.
+    Failed(String),
 }
 
 /// What a new node is told.

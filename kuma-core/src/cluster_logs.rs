@@ -21,7 +21,7 @@ use kuma_shard::{EntityHash, Slot};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::{
-    FedItem, Filter, StoredEvent, SubscribeError, Unreadable,
+    Delivery, FedItem, Filter, StoredEvent, SubscribeError, Unreadable,
     feed::{Standing, retry_after},
     shard_core::Fate,
     store::Inner,
@@ -34,6 +34,48 @@ pub trait ClusterLogs: Send + Sync + 'static {
 
     /// Begins to read behind what `from` says.
     fn read(&self, filter: Filter, from: ClusterPlace) -> BoxFuture<'_, Result<Box<dyn ClusterReader>, String>>;
+
+    /// Begins to hand out events behind what `from` says, and erasures.
+    fn follow(&self, filter: Filter, from: FollowFrom)
+    -> BoxFuture<'_, Result<Box<dyn ClusterEvents>, SubscribeError>>;
+
+    /// The commit with this seq of a slot's log, if it is an entity's that is not erased.
+    fn commit(
+        &self,
+        filter: Filter,
+        slot: Slot,
+        seq: u64,
+        entity: EntityHash,
+    ) -> BoxFuture<'_, Result<Option<FedItem>, SubscribeError>>;
+}
+
+/// Where events are followed from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FollowFrom {
+    /// Of events.
+    pub place: ClusterPlace,
+    /// The number of the last erasure, of this disk's, that was told.
+    pub erasures: i64,
+    /// Commits that are older are not wanted. Microseconds since 1970.
+    pub since_us: i64,
+}
+
+/// Hands out the events of a cluster one by one, and tells of erasures. It ends when it is dropped.
+pub trait ClusterEvents: Send {
+    /// As [`crate::Subscription::next`].
+    fn next(&mut self) -> BoxFuture<'_, Result<Delivery, SubscribeError>>;
+
+    /// The next one of those that are before `ends`, which are seqs by slot; none when all of them were handed out.
+    fn next_before<'a>(&'a mut self, ends: &'a [u64]) -> BoxFuture<'a, Result<Option<Delivery>, SubscribeError>>;
+
+    /// How far what was handed out reaches; of a commit that was handed out in part, all comes again.
+    fn place(&self) -> ClusterPlace;
+
+    /// The number of the last erasure that was told.
+    fn erasures(&self) -> i64;
+
+    /// The place of the commit of which something was handed out last.
+    fn last_place(&self) -> Option<(Slot, u64)>;
 }
 
 /// How far the logs of a cluster were read.

@@ -14,6 +14,9 @@
 //! - A parked event is kept by its place in the log, never as a copy; it goes with its entity.
 //! - An erasure is confirmed by acknowledging it. Receipts say who has not confirmed yet.
 //!
+//! On a node of a cluster the events are those of all nodes, and whatever speaks of shards and positions here is of slots and seqs
+//! (docs/adr/0029-durable-subscriptions-of-a-cluster.md).
+//!
 //! The file of a subscription is that of a model without tables of a projection: positions and what goes with them are one transaction.
 
 use std::{
@@ -25,7 +28,7 @@ use std::{
 };
 
 use futures_util::future::join_all;
-use kuma_shard::{Acknowledged, EntityHash, ModelError, ParkedRow, Purged, SubscriberFile};
+use kuma_shard::{Acknowledged, EntityHash, ModelError, ParkedRow, Purged, ReadError, SLOTS, Slot, SubscriberFile};
 use parking_lot::Mutex;
 use ractor::ActorRef;
 use tokio::sync::{oneshot, watch};
@@ -33,11 +36,13 @@ use tokio::sync::{oneshot, watch};
 use crate::{
     Checkpoint, Delivery, Filter, Kuma, Start, StoredEvent, SubscribeError, Subscription, Unreadable,
     checkpoint::EVER,
+    cluster_logs::{ClusterEvents, ClusterLogs, ClusterPlace, FollowFrom},
     erasure::EraserMessage,
     feed::{FeedItem, read_one},
     micros,
     model_query::lag_behind,
     projection::is_name,
+    slot_feed::FedItem,
     store::Inner,
 };
 
@@ -47,6 +52,15 @@ const SUBSCRIPTIONS: &str = "subscriptions";
 const WHOLE_COMMIT: u64 = 0;
 /// What is parked with more words than these is not a reason any more.
 const WHY_BYTES_MAX: usize = 4096;
+/// Belongs to nobody known, and is not erased with anybody.
+const NOBODY: EntityHash = EntityHash([0; 16]);
+/// What a file says whose positions are seqs of slots.
+const REACH: &str = "reach";
+const CLUSTER: &str = "cluster";
+/// The mark of the reader of a cluster: it saves work, and decides nothing.
+const MARK: &str = "cluster_mark";
+/// When something was acknowledged last, in a cluster.
+const ACKNOWLEDGED_AT: &str = "acknowledged_at";
 
 /// Why a durable subscription does not do what it was asked.
 #[derive(Debug, thiserror::Error)]
@@ -123,10 +137,11 @@ pub struct SubscriptionStatus {
     pub filter: Filter,
     /// Whether somebody consumes it.
     pub is_consumed: bool,
-    /// The age of the oldest event that is not acknowledged.
-    pub lag: Duration,
-    /// Commits that are not acknowledged, wanted or not.
-    pub commits_behind: u64,
+    /// The age of the oldest event that is not acknowledged. On a node of a cluster: how long ago something was acknowledged last, while
+    /// something is not. None while a node cannot be asked.
+    pub lag: Option<Duration>,
+    /// Commits that are not acknowledged, wanted or not. None while a node of the cluster cannot be asked.
+    pub commits_behind: Option<u64>,
     /// Events that are parked.
     pub parked: u64,
 }
@@ -162,7 +177,12 @@ pub struct OpenDurable {
 
 /// The consumer of a durable subscription.
 pub struct DurableSubscription {
-    subscription: Subscription,
+    kuma: Kuma,
+    events: Events,
+    /// In a cluster: by slot, up to where everything is acknowledged.
+    acknowledged: Vec<u64>,
+    /// In a cluster: where the slots ended when it was asked for what there is by now.
+    now: Option<Vec<u64>>,
     shared: Arc<Shared>,
     number: u64,
     superseded: watch::Receiver<u64>,
@@ -173,6 +193,47 @@ pub struct DurableSubscription {
     /// Numbers of those that were handed out again and are not acknowledged yet.
     replayed: Vec<i64>,
     last: Option<Last>,
+}
+
+/// Where the events come from.
+enum Events {
+    /// The shards of a store that is alone.
+    Own(Box<Subscription>),
+    /// All slots of the cluster that the store is a node of.
+    Cluster(Box<dyn ClusterEvents>),
+}
+
+/// How far what a consumer was handed out reaches, for [`DurableSubscription::ack_to`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DurableCheckpoint(Reached);
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Reached {
+    Own(Checkpoint),
+    Cluster { place: ClusterPlace, erasures: i64 },
+}
+
+impl Events {
+    async fn next(&mut self) -> Result<Delivery, SubscribeError> {
+        match self {
+            Events::Own(subscription) => subscription.next().await,
+            Events::Cluster(events) => events.next().await,
+        }
+    }
+
+    fn reached(&self) -> DurableCheckpoint {
+        DurableCheckpoint(match self {
+            Events::Own(subscription) => Reached::Own(subscription.checkpoint()),
+            Events::Cluster(events) => Reached::Cluster { place: events.place(), erasures: events.erasures() },
+        })
+    }
+
+    fn last_place(&self) -> Option<(u16, u64)> {
+        match self {
+            Events::Own(subscription) => subscription.last_place(),
+            Events::Cluster(events) => events.last_place().map(|(slot, seq)| (slot.number(), seq)),
+        }
+    }
 }
 
 /// The event that was handed out last.
@@ -228,12 +289,26 @@ impl Kuma {
     /// A file cannot be read.
     pub async fn durable_subscriptions(&self) -> Result<Vec<SubscriptionStatus>, DurableError> {
         let mut found = Vec::new();
+        let ends = match self.inner.is_clustered() {
+            true => Some(ends_of_slots(&self.inner).await.ok()),
+            false => None,
+        };
         for name in names(self.inner.data_dir()).map_err(|source| file_error("", source))? {
             let shared = self.inner.durables().shared(&self.inner, &name).await?;
             let Some(shared) = shared else { continue };
-            let (parked, positions) =
-                shared.with(|file| Ok((file.parked()?.len() as u64, positions(file, self.open_shards().count())?)))?;
-            let (commits_behind, lag) = lag_behind(&self.inner, &positions).await;
+            let parked = shared.with(|file| Ok(file.parked()?.len() as u64))?;
+            let (commits_behind, lag) = match &ends {
+                Some(ends) => {
+                    shared.translate(self).await?;
+                    let behind = shared.behind(ends.as_deref(), self.inner.now_us())?;
+                    (behind.map(|behind| behind.0), behind.map(|behind| behind.1))
+                }
+                None => {
+                    let positions = shared.with(|file| positions(file, self.open_shards().count()))?;
+                    let (commits_behind, lag) = lag_behind(&self.inner, &positions).await;
+                    (Some(commits_behind), Some(lag))
+                }
+            };
             let is_consumed = !shared.consumers.lock().is_empty();
             let filter = shared.filter.clone();
             found.push(SubscriptionStatus { name, filter, is_consumed, lag, commits_behind, parked });
@@ -286,9 +361,6 @@ impl OpenDurable {
         if !is_name(&name) {
             return Err(DurableError::Name { name });
         }
-        if inner.is_clustered() {
-            return Err(SubscribeError::Clustered.into());
-        }
         let durables = inner.durables();
         let shared = match durables.shared(&inner, &name).await? {
             Some(shared) => shared,
@@ -308,20 +380,32 @@ impl OpenDurable {
         };
         let mut superseded = shared.consumer.subscribe();
         superseded.mark_unchanged();
-        let (subscription, confirmed) = match shared.begin(&kuma) {
+        let (events, acknowledged, confirmed) = match shared.begin(&kuma).await {
             Ok(begun) => begun,
             Err(error) => {
                 shared.consumers.lock().remove(&number);
                 return Err(error);
             }
         };
-        let acknowledged = *shared.erasures.borrow();
-        if confirmed < acknowledged {
+        let erasures = *shared.erasures.borrow();
+        if confirmed < erasures {
             // The store was closed in between.
-            shared.clone().confirm(&kuma, confirmed, acknowledged);
+            shared.clone().confirm(&kuma, confirmed, erasures);
         }
         let (replays, replaying, replayed, last) = (VecDeque::new(), None, Vec::new(), None);
-        Ok(DurableSubscription { subscription, shared, number, superseded, replays, replaying, replayed, last })
+        Ok(DurableSubscription {
+            kuma,
+            events,
+            acknowledged,
+            now: None,
+            shared,
+            number,
+            superseded,
+            replays,
+            replaying,
+            replayed,
+            last,
+        })
     }
 }
 
@@ -338,7 +422,7 @@ impl DurableSubscription {
             return Ok(replayed);
         }
         let delivery = tokio::select! {
-            delivery = self.subscription.next() => delivery?,
+            delivery = self.events.next() => delivery?,
             _ = self.superseded.changed() => return Err(self.superseded_error()),
         };
         self.note(&delivery);
@@ -346,6 +430,7 @@ impl DurableSubscription {
     }
 
     /// The next one of those that were committed before this was called, or are to be handed out again; none when all of them were handed out.
+    /// On a node of a cluster: before it was called for the first time since it was opened or has last said none. Every owner must be in reach then.
     ///
     /// # Errors
     /// As [`DurableSubscription::next`].
@@ -355,12 +440,25 @@ impl DurableSubscription {
         if let Some(replayed) = self.next_replayed().await? {
             return Ok(Some(replayed));
         }
+        let of_now = async {
+            match &mut self.events {
+                Events::Own(subscription) => subscription.next_of_now().await,
+                Events::Cluster(events) => {
+                    let ends = match &mut self.now {
+                        Some(ends) => ends,
+                        now => now.insert(ends_of_slots(&self.kuma.inner).await?),
+                    };
+                    events.next_before(ends).await
+                }
+            }
+        };
         let delivery = tokio::select! {
-            delivery = self.subscription.next_of_now() => delivery?,
+            delivery = of_now => delivery?,
             _ = self.superseded.changed() => return Err(self.superseded_error()),
         };
-        if let Some(delivery) = &delivery {
-            self.note(delivery);
+        match &delivery {
+            Some(delivery) => self.note(delivery),
+            None => self.now = None,
         }
         Ok(delivery)
     }
@@ -381,18 +479,14 @@ impl DurableSubscription {
                 }
             }
             let Some(parked) = self.replays.front().cloned() else { return Ok(None) };
-            let read =
-                read_one(&self.subscription.kuma().inner, &self.shared.filter, parked.shard, parked.position).await;
-            let read = read.map_err(|error| SubscribeError::Unavailable { shard: parked.shard, why: error })?;
+            let read = self.read_parked(&parked).await?;
             self.replays.pop_front();
             match read {
-                Some(FeedItem::Commit(mut commit)) => {
-                    commit
-                        .events
-                        .retain(|stored| parked.version == WHOLE_COMMIT || stored.event.version.0 == parked.version);
-                    self.replaying = Some((parked, commit.events.into_iter()));
+                Some(Ok(mut events)) => {
+                    events.retain(|stored| parked.version == WHOLE_COMMIT || stored.event.version.0 == parked.version);
+                    self.replaying = Some((parked, events.into_iter()));
                 }
-                Some(FeedItem::Unreadable { unreadable, .. }) => {
+                Some(Err(unreadable)) => {
                     self.last = Some(Last::of(&parked));
                     self.replayed.push(parked.number);
                     return Ok(Some(Delivery::Unreadable(unreadable)));
@@ -403,17 +497,53 @@ impl DurableSubscription {
         }
     }
 
+    /// The events of the commit of a parked one, or why they cannot be read; none if they are erased.
+    async fn read_parked(
+        &self,
+        parked: &Parked,
+    ) -> Result<Option<Result<Vec<StoredEvent>, Unreadable>>, SubscribeError> {
+        let Parked { shard, position, entity, .. } = *parked;
+        let (inner, filter) = (&self.kuma.inner, &self.shared.filter);
+        match &self.events {
+            Events::Own(_) => {
+                let read = read_one(inner, filter, shard, position).await;
+                let read = read.map_err(|why| SubscribeError::Unavailable { shard, why })?;
+                Ok(read.map(|item| match item {
+                    FeedItem::Commit(commit) => Ok(commit.events),
+                    FeedItem::Unreadable { unreadable, .. } => Err(unreadable),
+                }))
+            }
+            // It is of no entity by which it could be found.
+            Events::Cluster(_) if entity == NOBODY => {
+                let why = parked.why.clone();
+                Ok(Some(Err(Unreadable { shard, position, entity: None, version: None, why })))
+            }
+            Events::Cluster(_) => {
+                let slot = Slot::new(shard.into());
+                let read = logs(inner)?.commit(filter.clone(), slot, position, entity).await?;
+                Ok(read.map(|item| match item {
+                    FedItem::Commit(commit) => Ok(commit.into_events().collect()),
+                    FedItem::Unreadable(_, unreadable) => Err(unreadable),
+                }))
+            }
+        }
+    }
+
     /// Remembers what was handed out last: that is what can be parked.
     fn note(&mut self, delivery: &Delivery) {
-        self.last = match (delivery, self.subscription.last_place()) {
+        self.last = match (delivery, self.events.last_place()) {
             (Delivery::Event(stored), Some((shard, position))) => {
                 let (version, entity) = (stored.event.version.0, stored.entity);
                 Some(Last { shard, position, version, entity, parked: None })
             }
-            (Delivery::Unreadable(Unreadable { shard, position, entity, .. }), _) => {
-                // What belongs to nobody known is not erased with anybody.
-                let entity = entity.unwrap_or(EntityHash([0; 16]));
-                Some(Last { shard: *shard, position: *position, version: WHOLE_COMMIT, entity, parked: None })
+            (Delivery::Unreadable(Unreadable { shard, position, entity, .. }), place) => {
+                let entity = entity.unwrap_or(NOBODY);
+                let (shard, position) = match &self.events {
+                    Events::Own(_) => (*shard, *position),
+                    // What has no place is named by where it is, behind all slots.
+                    Events::Cluster(_) => place.unwrap_or((SLOTS.saturating_add(1).saturating_add(*shard), *position)),
+                };
+                Some(Last { shard, position, version: WHOLE_COMMIT, entity, parked: None })
             }
             _ => None,
         };
@@ -426,7 +556,7 @@ impl DurableSubscription {
     /// # Cancel safety
     /// If the future is dropped it may or may not be acknowledged.
     pub async fn ack(&mut self) -> Result<(), DurableError> {
-        let checkpoint = self.subscription.checkpoint();
+        let checkpoint = self.events.reached();
         self.commit(checkpoint, None).await
     }
 
@@ -434,13 +564,13 @@ impl DurableSubscription {
     ///
     /// # Errors
     /// As [`DurableSubscription::ack`].
-    pub async fn ack_to(&mut self, checkpoint: &Checkpoint) -> Result<(), DurableError> {
+    pub async fn ack_to(&mut self, checkpoint: &DurableCheckpoint) -> Result<(), DurableError> {
         self.commit(checkpoint.clone(), None).await
     }
 
     /// How far what was handed out reaches, for [`DurableSubscription::ack_to`].
-    pub fn checkpoint(&self) -> Checkpoint {
-        self.subscription.checkpoint()
+    pub fn checkpoint(&self) -> DurableCheckpoint {
+        self.events.reached()
     }
 
     /// Parks the event, or the commit that cannot be read, that was handed out last, and acknowledges everything that was handed out before it. Do not put anything personal in
@@ -456,8 +586,8 @@ impl DurableSubscription {
         }
         why.truncate(end);
         let last = self.last.take().ok_or(DurableError::NothingToPark)?;
-        let checkpoint = self.subscription.checkpoint();
-        let at_us = self.subscription.kuma().inner.now_us();
+        let checkpoint = self.events.reached();
+        let at_us = self.kuma.inner.now_us();
         let Last { shard, position, version, entity, parked } = last;
         let number = parked.unwrap_or_default();
         let row = ParkedRow { number, shard, position, version, entity, attempts: 1, at_us, why };
@@ -486,9 +616,8 @@ impl DurableSubscription {
     /// [`DurableError::Superseded`], or the file cannot be read.
     pub async fn redeliver(&mut self) -> Result<(), DurableError> {
         self.check()?;
-        let (subscription, _) = self.shared.begin(self.subscription.kuma())?;
-        self.subscription = subscription;
-        self.last = None;
+        (self.events, self.acknowledged, _) = self.shared.begin(&self.kuma).await?;
+        (self.last, self.now) = (None, None);
         self.replays.clear();
         self.replaying = None;
         self.replayed.clear();
@@ -506,15 +635,27 @@ impl DurableSubscription {
         DurableError::Superseded { name: self.shared.name.clone() }
     }
 
-    async fn commit(&mut self, checkpoint: Checkpoint, parked: Option<ParkedRow>) -> Result<(), DurableError> {
+    async fn commit(&mut self, checkpoint: DurableCheckpoint, parked: Option<ParkedRow>) -> Result<(), DurableError> {
         self.check()?;
-        let Checkpoint { positions, erasures, .. } = checkpoint;
+        let (positions, erasures, meta): (BTreeMap<u16, u64>, _, _) = match checkpoint.0 {
+            Reached::Own(Checkpoint { positions, erasures, .. }) => {
+                ((0..).zip(positions).collect(), erasures, Vec::new())
+            }
+            Reached::Cluster { place: ClusterPlace { seqs, mark }, erasures } => {
+                let news = (0..).zip(seqs).zip(&self.acknowledged).filter(|((_, seq), before)| seq > before);
+                let at = (ACKNOWLEDGED_AT, self.kuma.inner.now_us().to_string());
+                (
+                    news.map(|(at, _)| at).collect(),
+                    erasures,
+                    mark.map(|mark| (MARK, mark)).into_iter().chain([at]).collect(),
+                )
+            }
+        };
         let mut resolved = self.replayed.clone();
         // What is parked once more stays.
         let stays = parked.as_ref().map(|row| row.number);
         resolved.retain(|number| Some(*number) != stays);
-        let positions = (0_u16..).zip(positions).collect();
-        let acknowledged = Acknowledged { positions, erasures, resolved, parked };
+        let acknowledged = Acknowledged { positions: positions.clone(), erasures, resolved, parked, meta };
         let (shared, number) = (self.shared.clone(), self.number);
         let committed = tokio::task::spawn_blocking(move || {
             shared.with(|file| {
@@ -530,9 +671,15 @@ impl DurableSubscription {
             return Err(self.superseded_error());
         }
         self.replayed.clear();
+        for (log, seq) in positions {
+            // Of a store that is alone nothing is kept.
+            if let Some(at) = self.acknowledged.get_mut(usize::from(log)) {
+                *at = seq;
+            }
+        }
         let before = self.shared.erasures.send_replace(erasures);
         if before < erasures {
-            self.shared.clone().confirm(self.subscription.kuma(), before, erasures);
+            self.shared.clone().confirm(&self.kuma, before, erasures);
         }
         Ok(())
     }
@@ -587,8 +734,68 @@ impl Shared {
         });
     }
 
-    /// Begins behind what was acknowledged. Also tells which erasures are confirmed.
-    fn begin(&self, kuma: &Kuma) -> Result<(Subscription, i64), DurableError> {
+    /// Begins behind what was acknowledged. Also tells, in a cluster, what that is by slot; and which erasures are confirmed.
+    async fn begin(&self, kuma: &Kuma) -> Result<(Events, Vec<u64>, i64), DurableError> {
+        match kuma.inner.is_clustered() {
+            true => self.begin_in_cluster(kuma).await,
+            false => self.begin_alone(kuma).map(|(events, confirmed)| (events, Vec::new(), confirmed)),
+        }
+    }
+
+    async fn begin_in_cluster(&self, kuma: &Kuma) -> Result<(Events, Vec<u64>, i64), DurableError> {
+        let logs = logs(&kuma.inner)?;
+        self.translate(kuma).await?;
+        let (seqs, mark, erasures, confirmed) = self.with(|file| {
+            let seqs = positions(file, usize::from(SLOTS))?;
+            Ok((seqs, file.meta(MARK)?, file.number("erasures")?, file.number("confirmed")?))
+        })?;
+        let place = ClusterPlace { seqs: seqs.clone(), mark };
+        let from = FollowFrom { place, erasures, since_us: self.since_us };
+        Ok((Events::Cluster(logs.follow(self.filter.clone(), from).await?), seqs, confirmed))
+    }
+
+    /// Has the file of a store that was alone speak of slots and seqs. Those are in the rows at the old positions, wherever their slots are now.
+    async fn translate(&self, kuma: &Kuma) -> Result<(), DurableError> {
+        let shards = kuma.open_shards().count();
+        let before = self.with(|file| match file.meta(REACH)? {
+            Some(_) => Ok(None),
+            None => Ok(Some((positions(file, shards)?, file.parked()?))),
+        })?;
+        let Some((before, rows)) = before else { return Ok(()) };
+        let failed = |shard| move |error: ReadError| SubscribeError::Unavailable { shard, why: error.to_string() };
+        let (mut seqs, mut parked) = (vec![0; usize::from(SLOTS)], BTreeMap::new());
+        for ((shard, core), position) in kuma.open_shards().zip(before) {
+            let core = core.map_err(|why| SubscribeError::ShardOutOfUse { shard, why: why.to_owned() })?;
+            for (slot, seq) in core.shard.seqs_at(position).await.map_err(failed(shard))? {
+                if let Some(at) = seqs.get_mut(usize::from(slot.number())) {
+                    *at = seq;
+                }
+            }
+            for row in rows.iter().filter(|row| row.shard == shard) {
+                if let Some((slot, seq)) = core.shard.place_at(row.position).await.map_err(failed(shard))? {
+                    parked.insert(row.number, (slot.number(), seq));
+                }
+            }
+        }
+        let meta = vec![(REACH, CLUSTER.to_owned())];
+        let acknowledged = Acknowledged { positions: (0..).zip(seqs).collect(), meta, ..Acknowledged::default() };
+        // Whoever else does it is faster or slower, and both find the same.
+        self.with(|file| match file.meta(REACH)? {
+            Some(_) => Ok(()),
+            None => file.translate(&acknowledged, &parked),
+        })
+    }
+
+    /// How many commits of a cluster, whose slots end at `ends`, are not acknowledged, and since when; none where that is not known.
+    fn behind(&self, ends: Option<&[u64]>, now_us: i64) -> Result<Option<(u64, Duration)>, DurableError> {
+        let (seqs, at_us) =
+            self.with(|file| Ok((positions(file, usize::from(SLOTS))?, file.number(ACKNOWLEDGED_AT)?)))?;
+        let behind = |ends: &[u64]| ends.iter().zip(&seqs).map(|(end, seq)| end.saturating_sub(*seq)).sum();
+        let lag = Duration::from_micros(now_us.saturating_sub(at_us).max(0).unsigned_abs());
+        Ok(ends.map(behind).map(|behind| (behind, if behind == 0 { Duration::ZERO } else { lag })))
+    }
+
+    fn begin_alone(&self, kuma: &Kuma) -> Result<(Events, i64), DurableError> {
         let ends = kuma.log_ends()?;
         let told = kuma.inner.erasing().entombed();
         let (positions, erasures, confirmed) =
@@ -596,8 +803,20 @@ impl Shared {
         let checkpoint = Checkpoint { disk_id: kuma.inner.disk_id(), positions, erasures, since_us: self.since_us };
         checkpoint.check(kuma.inner.disk_id(), &ends).map_err(SubscribeError::from)?;
         let filter = Arc::new(self.filter.clone());
-        Ok((Subscription::begin(kuma.clone(), filter, checkpoint, told), confirmed))
+        let subscription = Subscription::begin(kuma.clone(), filter, checkpoint, told);
+        Ok((Events::Own(Box::new(subscription)), confirmed))
     }
+}
+
+/// The logs of the cluster that the store is a node of.
+fn logs(inner: &Inner) -> Result<Arc<dyn ClusterLogs>, SubscribeError> {
+    let starting = || SubscribeError::Cluster { why: "the node is starting; try again".to_owned() };
+    inner.cluster_logs().cloned().ok_or_else(starting)
+}
+
+/// Where the logs of all slots of the cluster end.
+async fn ends_of_slots(inner: &Inner) -> Result<Vec<u64>, SubscribeError> {
+    logs(inner)?.ends().await.map_err(|why| SubscribeError::Cluster { why })
 }
 
 fn directory(data_dir: &Path) -> PathBuf {
@@ -665,12 +884,22 @@ impl DurableSubscriptions {
         start: Start,
     ) -> Result<Arc<Shared>, DurableError> {
         let inner = &kuma.inner;
-        let ends = kuma.log_ends()?;
         let newest = *inner.erasing().entombed().borrow();
+        let is_clustered = inner.is_clustered();
+        let ends = match is_clustered {
+            // Only for "now" all owners must be in reach.
+            true if matches!(start, Start::Now) => ends_of_slots(inner).await?,
+            true => vec![0; usize::from(SLOTS)],
+            false => kuma.log_ends()?,
+        };
         let (positions, erasures, since_us) = match start {
             Start::Beginning => (vec![0; ends.len()], newest, EVER),
             Start::Now => (ends, newest, EVER),
             Start::Time(time) => (vec![0; ends.len()], newest, micros(time)),
+            Start::Checkpoint(_) if is_clustered => {
+                let why = "a checkpoint of the shards of one store says nothing there; start from the beginning, from now or from a time";
+                return Err(SubscribeError::Cluster { why: why.to_owned() }.into());
+            }
             Start::Checkpoint(checkpoint) => {
                 checkpoint.check(inner.disk_id(), &ends).map_err(SubscribeError::from)?;
                 (checkpoint.positions, checkpoint.erasures, checkpoint.since_us)
@@ -684,11 +913,15 @@ impl DurableSubscriptions {
         if !directory.try_exists().map_err(|source| file_error(name, source))? {
             kuma_shard::create_directory(&directory).map_err(|source| file_error(name, source))?;
         }
-        let meta = [
+        let mut meta = vec![
             ("disk_id", inner.disk_id().to_string()),
             ("filter", serde_json::to_string(filter).unwrap_or_default()),
             ("since", since_us.to_string()),
+            (ACKNOWLEDGED_AT, inner.now_us().to_string()),
         ];
+        if is_clustered {
+            meta.push((REACH, CLUSTER.to_owned()));
+        }
         // Under another name until it says where it begins: it would begin with the first event otherwise.
         let (path, temporary) = (directory.join(format!("{name}.db")), directory.join(format!("{name}.db.new")));
         for suffix in ["", "-wal", "-shm"] {
@@ -770,7 +1003,7 @@ impl DurableSubscriptions {
                     .as_ref()
                     .is_none_or(|(shared, acknowledged)| shared.filter.matches_kind(kind) && acknowledged < number);
                 if is_pending {
-                    pending.push(subscriber(&name));
+                    pending.push(subscriber(inner, &name));
                 }
             }
         }
@@ -805,15 +1038,18 @@ fn read_shared(name: &str, path: &Path, file: SubscriberFile, disk_id: &str) -> 
     })
 }
 
-/// By what receipts call it.
-fn subscriber(name: &str) -> String {
-    format!("subscription {name}")
+/// By what receipts call it. Each node of a cluster may have one of that name.
+fn subscriber(inner: &Inner, name: &str) -> String {
+    match inner.is_clustered() {
+        true => format!("subscription {name} at disk {}", inner.disk_id()),
+        false => format!("subscription {name}"),
+    }
 }
 
 /// Tells the eraser that a subscription has confirmed the erasures with these numbers; returns when their receipts say so.
 async fn confirm(inner: &Arc<Inner>, name: &str, after: i64, last: i64) {
     let (done, told) = oneshot::channel();
-    let message = EraserMessage::Confirmed { who: subscriber(name), after, last, done };
+    let message = EraserMessage::Confirmed { who: subscriber(inner, name), after, last, done };
     if inner.eraser().is_some_and(|eraser: &ActorRef<EraserMessage>| eraser.cast(message).is_ok()) {
         let _ = told.await;
     }

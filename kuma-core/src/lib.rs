@@ -115,9 +115,11 @@ pub use backup::{
     },
 };
 pub use checkpoint::{Checkpoint, CheckpointError};
-pub use cluster_logs::{ClusterGauge, ClusterLogs, ClusterPage, ClusterPlace, ClusterReader};
+pub use cluster_logs::{
+    ClusterEvents, ClusterGauge, ClusterLogs, ClusterPage, ClusterPlace, ClusterReader, FollowFrom,
+};
 pub use command::{Command, ExecuteError, Executed};
-pub use durable::{DurableError, DurableSubscription, OpenDurable, Parked, SubscriptionStatus};
+pub use durable::{DurableCheckpoint, DurableError, DurableSubscription, OpenDurable, Parked, SubscriptionStatus};
 pub use elsewhere::{Elsewhere, ErasedLife, OtherDisks, ToldReceipt};
 pub use entity::{Entity, Metadata, NewEvent, RecordedEvent, Version};
 pub use erase::ErasedMany;

@@ -17,13 +17,13 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use kuma_shard::{EntityHash, Epoch, Slot, SlotRecord, Token, Tombstone};
+use kuma_shard::{CopyId, EntityHash, Epoch, Slot, SlotRecord, Token, Tombstone};
 use serde::{Deserialize, Serialize};
 use tokio::sync::{Semaphore, watch};
 
 use crate::{
     Erased, Filter, Metadata, RecordedEvent, ReplayError, SlotError, StoredEvent, SubscribeError, Unreadable, Version,
-    feed::{Feed, FeedFrom, FeedItem, SlotPlace, Standing},
+    feed::{Feed, FeedFrom, FeedItem, SlotPlace, Standing, read_one},
     ledger::time_of,
     micros,
     shard_core::ShardCore,
@@ -219,6 +219,29 @@ impl Slots {
             }
         }
         answer
+    }
+
+    /// The commit with this seq of a slot's log, if it is an entity's that is not erased.
+    ///
+    /// # Errors
+    /// It cannot be read here, in words.
+    pub async fn commit(
+        &self,
+        filter: &Filter,
+        slot: Slot,
+        seq: u64,
+        entity: EntityHash,
+    ) -> Result<Option<FedItem>, String> {
+        let core = self.inner.core_of_slot(slot).ok_or("its shard is out of use")?;
+        let words = |error: kuma_shard::ReadError| error.to_string();
+        let Some(found) = core.shard.find_entity(CopyId::LIVE, entity).await.map_err(words)? else { return Ok(None) };
+        let Some(position) = core.shard.position_of(&found, slot, seq).await.map_err(words)? else { return Ok(None) };
+        let place = SlotPlace { position, slot, seq, epoch: Epoch::NEVER };
+        let item = read_one(&self.inner, filter, core.shard.number(), position).await?;
+        Ok(item.map(|item| match item {
+            FeedItem::Commit(commit) => FedItem::Commit(fed(commit, &place)),
+            FeedItem::Unreadable { unreadable, .. } => FedItem::Unreadable(Some((slot, seq)), unreadable),
+        }))
     }
 
     /// Returns when a shard has more than that, or after `within`.

@@ -111,6 +111,12 @@ pub enum SubscribeError {
         "this store is a node of a cluster and has a part of its events only; subscribe to all of them with Node::subscribe"
     )]
     Clustered,
+    /// Events of the cluster cannot be had, or not as asked.
+    #[error("events of the cluster: {why}")]
+    Cluster {
+        /// Why, and what to do.
+        why: String,
+    },
     /// The store is shutting down.
     #[error("the store is shutting down")]
     ShuttingDown,
@@ -370,10 +376,6 @@ impl Subscription {
     /// The shard and the position of the commit of which something was handed out last.
     pub(crate) fn last_place(&self) -> Option<(u16, u64)> {
         self.current.as_ref().map(|current| (current.page.core.shard.number(), current.at))
-    }
-
-    pub(crate) fn kuma(&self) -> &Kuma {
-        &self.kuma
     }
 
     fn take(&mut self, mut page: FeedPage) {

@@ -371,6 +371,49 @@ impl Shard {
         Ok(positions)
     }
 
+    /// The position of an entity's commit with this seq.
+    ///
+    /// # Errors
+    /// The file cannot be read.
+    pub async fn position_of(&self, entity: &EntityRow, slot: Slot, seq: u64) -> Result<Option<u64>, ReadError> {
+        let positions = self.positions_of(std::slice::from_ref(entity)).await?;
+        let query = sqlx::query(
+            "SELECT position FROM log WHERE position IN (SELECT value FROM json_each(?)) AND slot = ? AND seq = ?",
+        );
+        let query = query.bind(packed::numbers(positions)).bind(i64::from(slot.number())).bind(seq.cast_signed());
+        let found = query.fetch_optional(self.feeders()).await;
+        let position = |row: SqliteRow| row.try_get::<i64, _>(0).map(i64::cast_unsigned);
+        found.and_then(|row| row.map(position).transpose()).map_err(|error| self.read_error(error))
+    }
+
+    /// By slot, the seq of its last commit at or before a position of the log. Looks at the whole log up to there.
+    ///
+    /// # Errors
+    /// The file cannot be read.
+    pub async fn seqs_at(&self, position: u64) -> Result<Vec<(Slot, u64)>, ReadError> {
+        let query = sqlx::query(
+            "SELECT json_group_array(json_array(slot, seq))
+             FROM (SELECT slot, max(seq) AS seq FROM log NOT INDEXED WHERE position <= ? GROUP BY slot)",
+        );
+        let seqs: Vec<(i64, u64)> = packed::rows(self.feeders(), query.bind(position.cast_signed()))
+            .await
+            .map_err(|error| self.read_error(error))?;
+        Ok(seqs.into_iter().map(|(slot, seq)| (Slot::from_stored(slot), seq)).collect())
+    }
+
+    /// The place in its slot's log of the commit at a position.
+    ///
+    /// # Errors
+    /// The file cannot be read.
+    pub async fn place_at(&self, position: u64) -> Result<Option<(Slot, u64)>, ReadError> {
+        let query = sqlx::query("SELECT slot, seq FROM log WHERE position = ?").bind(position.cast_signed());
+        let found = query.fetch_optional(self.feeders()).await.map_err(|error| self.read_error(error))?;
+        let place = |row: SqliteRow| -> sqlx::Result<(Slot, u64)> {
+            Ok((Slot::from_stored(row.try_get(0)?), row.try_get::<i64, _>(1)?.cast_unsigned()))
+        };
+        found.map(place).transpose().map_err(|error| self.read_error(error))
+    }
+
     /// The rows at the first of these positions, in their order, until they make some 56 KiB: at least one.
     ///
     /// # Errors

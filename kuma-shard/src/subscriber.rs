@@ -39,7 +39,7 @@ pub struct ParkedRow {
     pub why: String,
 }
 
-/// What a consumer has done with what it was handed.
+/// What a consumer has done with what it was handed. What it says of shards and positions is of slots and seqs where the file is of a cluster.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Acknowledged {
     /// Of each shard, up to which position everything is acknowledged.
@@ -50,6 +50,8 @@ pub struct Acknowledged {
     pub resolved: Vec<i64>,
     /// An event that is put aside, perhaps once more.
     pub parked: Option<ParkedRow>,
+    /// What else is to be kept with it, by name.
+    pub meta: Vec<(&'static str, String)>,
 }
 
 /// The open file of a durable subscription.
@@ -105,8 +107,9 @@ impl SubscriberFile {
     /// # Errors
     /// Nothing of it was noted.
     pub fn acknowledge(&mut self, acknowledged: &Acknowledged) -> Result<(), ModelError> {
-        let Acknowledged { positions, erasures, resolved, parked } = acknowledged;
+        let Acknowledged { positions, erasures, resolved, parked, meta: more } = acknowledged;
         let mut meta = vec![("erasures", erasures.to_string())];
+        meta.extend(more.iter().cloned());
         if parked.is_some() {
             meta.push((WAS_PARKED, "1".to_owned()));
         }
@@ -126,6 +129,36 @@ impl SubscriberFile {
     /// The file cannot be read.
     pub fn positions(&self) -> Result<BTreeMap<u16, u64>, ModelError> {
         Ok(self.0.positions()?.into_iter().map(|(shard, (position, _))| (shard, position)).collect())
+    }
+
+    /// Writes down anew what the file says in positions of shards, in one transaction: where everything is acknowledged, and by their numbers where
+    /// parked events are. Those that are not named are dropped.
+    ///
+    /// # Errors
+    /// Nothing was written.
+    pub fn translate(
+        &mut self,
+        acknowledged: &Acknowledged,
+        parked: &BTreeMap<i64, (u16, u64)>,
+    ) -> Result<(), ModelError> {
+        let positions = acknowledged.positions.iter().map(|(log, position)| (*log, (*position, 0))).collect();
+        let progress = ModelProgress { positions, meta: acknowledged.meta.clone(), ..ModelProgress::default() };
+        let numbers: Vec<i64> = self.parked()?.iter().map(|row| row.number).collect();
+        let applied = self.0.apply(&progress, |transaction| {
+            // Out of the way first: the places of some are the former places of others.
+            transaction.execute("UPDATE parked SET position = -number, shard = 0", [])?;
+            for number in numbers {
+                match parked.get(&number) {
+                    Some((log, position)) => transaction.execute(
+                        "UPDATE parked SET shard = ?, position = ? WHERE number = ?",
+                        (log, position.cast_signed(), number),
+                    )?,
+                    None => transaction.execute("DELETE FROM parked WHERE number = ?", [number])?,
+                };
+            }
+            Ok(())
+        });
+        applied?.map_err(|source: rusqlite::Error| ModelError::Sqlite { path: self.0.path().to_owned(), source })
     }
 
     /// Notes that receipts say of the erasures up to this one that they are confirmed.

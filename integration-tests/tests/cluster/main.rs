@@ -4,6 +4,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod durable;
 mod erase;
 mod faults;
 mod gate;
