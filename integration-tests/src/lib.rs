@@ -275,6 +275,14 @@ pub fn seed(test: &str) -> u64 {
     seed
 }
 
+/// How many of so many cases of chance a run looks at: a quarter, or with `KUMA_THOROUGH` all of them. Each run takes others, by its seed.
+pub fn cases(all: u64) -> u64 {
+    match std::env::var_os("KUMA_THOROUGH") {
+        Some(_) => all,
+        None => all.div_ceil(4),
+    }
+}
+
 /// Tries until it gets an answer.
 ///
 /// # Panics

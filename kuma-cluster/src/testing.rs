@@ -43,6 +43,8 @@ struct Attached {
 struct Link {
     address: String,
     serve: Arc<dyn Serve>,
+    /// Another one for each link: who waits for an answer notices that it was broken, and made again.
+    made: Arc<()>,
 }
 
 impl Hub {
@@ -143,8 +145,10 @@ impl Transport for End {
             let served = tokio::spawn(link.serve.serve(own, kind, body));
             let reply = tokio::time::timeout(within, served).await.map_err(|_| CallError::Deadline)?;
             match self.link(to) {
-                None => Err(CallError::Down),
-                Some(_) => reply.map_err(|_| CallError::Down)?.ok_or(CallError::UnknownKind { kind }),
+                Some(now) if Arc::ptr_eq(&now.made, &link.made) => {
+                    reply.map_err(|_| CallError::Down)?.ok_or(CallError::UnknownKind { kind })
+                }
+                _ => Err(CallError::Down),
             }
         })
     }
@@ -180,9 +184,10 @@ impl Transport for End {
             }
             let (disk, _) = self.attached.serve.admit(&there.serve.hello())?;
             let (own, _) = there.serve.admit(&self.attached.serve.hello()).map_err(|why| format!("refused: {why}"))?;
-            let here = Link { address: self.address.clone(), serve: self.attached.serve.clone() };
+            let made = Arc::new(());
+            let here = Link { address: self.address.clone(), serve: self.attached.serve.clone(), made: made.clone() };
             let was_up =
-                self.attached.links.lock().insert(disk, Link { address, serve: there.serve.clone() }).is_some();
+                self.attached.links.lock().insert(disk, Link { address, serve: there.serve.clone(), made }).is_some();
             there.links.lock().insert(own, here);
             if !was_up {
                 self.attached.serve.up(disk);

@@ -184,7 +184,7 @@ fn seed() -> u64 {
     seed
 }
 
-/// 1,000 single bits, each in a copy of its own.
+/// 1,000 single bits, or a quarter of them (see [`integration_tests::cases`]), each in a copy of its own.
 #[tokio::test(flavor = "multi_thread")]
 async fn no_flipped_bit_goes_unnoticed() {
     let store = Arc::new(Store::make(2).await);
@@ -205,6 +205,7 @@ async fn no_flipped_bit_goes_unnoticed() {
     ];
     let mut silent = Vec::new();
     for (kind, count, of) in kinds {
+        let count = integration_tests::cases(count as u64) as usize;
         let flips: Vec<Flip> = (0..count).map(|_| Flip::choose(&store.files, of, &mut random)).collect();
         let looks = stream::iter(flips).map(|flip| {
             let store = store.clone();

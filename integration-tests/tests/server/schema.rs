@@ -34,7 +34,8 @@ INSERT INTO balance (id, amount) VALUES (:entity, 1) ON CONFLICT (id) DO UPDATE 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_node_answers_as_its_openapi_document_says_whatever_it_is_asked() {
     let Some(program) = schemathesis() else { return };
-    let thorough = ["--max-examples", "30", "--continue-on-failure"];
+    let examples = integration_tests::cases(30).to_string();
+    let thorough = ["--max-examples", &examples, "--continue-on-failure"];
     let node = node(None).await;
     fill(&node).await;
     run(&program, &node, &thorough).await;

@@ -14,7 +14,7 @@ use std::{
 use crate::common::{directory, until};
 use crate::traces::{TOKEN, Traces};
 use futures_util::{StreamExt, future::join_all, stream};
-use integration_tests::{Oracle, Probe, TestAppend, options, seed};
+use integration_tests::{Oracle, Probe, TestAppend, cases, options, seed};
 use kuma_core::{
     AppendError, AuditEvent, AuditLog, Kuma, LocalMasterKey, ReadError, Reason, Receipt, ReceiptId, Refused, Version,
 };
@@ -264,14 +264,15 @@ async fn an_erasure_that_is_killed_completes_by_itself_or_was_never_asked_for() 
     let first = seed("erase_crash");
     let template = Template::make().await;
     for (round, place) in PLACES.into_iter().enumerate() {
-        let cases = (0..KILLS).map(|kill| {
+        let kills = cases(KILLS);
+        let cases = (0..kills).map(|kill| {
             let template = &template;
             async move { case(template, place, first.wrapping_add(round as u64 * KILLS + kill)).await }
         });
         let cases: Vec<Tally> = stream::iter(cases).buffer_unordered(3).collect().await;
         let sum = |what: fn(&Tally) -> u64| cases.iter().map(what).sum::<u64>();
         println!(
-            "{place}: {KILLS} kills, {} erased, {} untouched, {} killed again, {} went on at the last start, {} appends acknowledged",
+            "{place}: {kills} kills, {} erased, {} untouched, {} killed again, {} went on at the last start, {} appends acknowledged",
             sum(|tally| tally.erased),
             sum(|tally| tally.untouched),
             sum(|tally| tally.again),
