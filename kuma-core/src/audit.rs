@@ -1,4 +1,4 @@
-//! The audit log: who had what erased, when and why, and who was denied what. An entity like any other, of a kind that only the store writes to and that cannot be
+//! The audit log: who had what erased, when and why, who was denied what, and what was asked of the cluster. An entity like any other, of a kind that only the store writes to and that cannot be
 //! erased; without personal data, as long as the reasons that callers give have none.
 
 use std::sync::Arc;
@@ -28,6 +28,9 @@ pub struct AuditLog {
     /// Requests that were denied.
     #[serde(default)]
     pub denied: u64,
+    /// What was asked of the cluster through this node.
+    #[serde(default)]
+    pub operated: u64,
 }
 
 /// What the audit log tells. The times are those of its commits.
@@ -67,6 +70,8 @@ pub enum AuditEvent {
     },
     /// Requests were denied.
     Denied(Denial),
+    /// Something was asked of the cluster, and was done right after unless something came between.
+    Operated(Operation),
     /// An erased entity was about to be given a new life.
     Recreated {
         /// The keyed hash of the entity, in hex.
@@ -95,6 +100,19 @@ pub struct Denial {
     pub times: u64,
 }
 
+/// What an operator asked of the cluster, see [`Kuma::audit_operation`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Operation {
+    /// The name of the token that it came with; none if it had none.
+    pub token: Option<String>,
+    /// What: `migrate`, `drain`, `undrain`, `forget`, `attest_destroyed`.
+    pub act: String,
+    /// The node that it is about, by name, or as it was named.
+    pub node: Option<String>,
+    /// The slot that it is about.
+    pub slot: Option<u16>,
+}
+
 impl Entity for AuditLog {
     const KIND: &'static str = "kuma.audit";
     type Event = AuditEvent;
@@ -106,6 +124,7 @@ impl Entity for AuditLog {
             AuditEvent::Recreated { .. } => self.recreated += 1,
             AuditEvent::Restored { .. } => self.restored += 1,
             AuditEvent::Denied(denial) => self.denied += denial.times,
+            AuditEvent::Operated(_) => self.operated += 1,
         }
     }
 }
@@ -174,6 +193,17 @@ impl Kuma {
     pub async fn audit_denials(&self, denials: Vec<Denial>) -> Result<(), AppendError> {
         let log = self.inner.own_audit_log();
         patiently(|| log.append_all(denials.iter().cloned().map(AuditEvent::Denied))).await.map(drop)
+    }
+
+    /// Notes in the audit log what an operator asks of the cluster, before it is done. Returns when that is durable.
+    ///
+    /// # Errors
+    /// The audit log cannot be written.
+    /// # Cancel safety
+    /// Not cancel safe: if the future is dropped the outcome is unknown.
+    pub async fn audit_operation(&self, operation: Operation) -> Result<(), AppendError> {
+        let log = self.inner.own_audit_log();
+        patiently(|| log.append(AuditEvent::Operated(operation.clone()))).await.map(drop)
     }
 
     /// The audit log: who had what erased, when and why. Read its history; nobody but the store can append to it.

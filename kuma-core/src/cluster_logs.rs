@@ -61,7 +61,7 @@ pub struct FollowFrom {
 }
 
 /// Hands out the events of a cluster one by one, and tells of erasures. It ends when it is dropped.
-pub trait ClusterEvents: Send {
+pub trait ClusterEvents: Send + Sync {
     /// As [`crate::Subscription::next`].
     fn next(&mut self) -> BoxFuture<'_, Result<Delivery, SubscribeError>>;
 

@@ -107,7 +107,7 @@ mod verify;
 mod verify_receipt;
 
 pub use append::{Append, Appended, Pending};
-pub use audit::{AuditEvent, AuditLog, Denial};
+pub use audit::{AuditEvent, AuditLog, Denial, Operation};
 pub use backup::{
     Backup, BackupContents, BackupError, BackupProgress, BackupReport, BackupStep, KeysBackupReport,
     manifest::{

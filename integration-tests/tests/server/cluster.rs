@@ -607,6 +607,12 @@ async fn scopes_are_looked_at_where_a_request_comes_in() {
     }
     assert_eq!(with(b, &reader, "GET", "/v1/cluster/moves", "").await.json()["nodes"].as_array().unwrap().len(), 2);
     assert_eq!(with(b, &admin, "POST", "/v1/cluster/migrate", "{}").await.status, 202);
+    let audit = with(b, &admin, "GET", "/v1/audit?limit=1000", "").await.json();
+    let last = audit["events"].as_array().unwrap().last().unwrap();
+    assert_eq!(
+        (&last["type"], &last["data"]["act"], &last["data"]["token"]),
+        (&json!("Operated"), &json!("migrate"), &json!("admin"))
+    );
     assert_eq!(send(b, "GET", "/health/cluster", &[], b"").await.status, 200);
     cluster.stop().await;
 }

@@ -40,7 +40,7 @@ pub(crate) struct AuditQuery {
     limit: Option<u64>,
 }
 
-/// The audit log: who had what erased, when and why, and who was denied what. It is never erased.
+/// The audit log: who had what erased, when and why, who was denied what, and what was asked of the cluster here. It is never erased.
 #[utoipa::path(
     get,
     path = "/v1/audit",

@@ -306,8 +306,12 @@ pub(crate) async fn migrate(
         _ => return refuse("say `slot` or `tag` with `to` or `unpin`, or nothing: all that is not where it should be"),
     };
     let cluster = node.clustered()?;
+    let to = match &what {
+        Migrate::Pin { to, .. } => Some(cluster.find(to)?.1.name),
+        Migrate::Wished | Migrate::Unpin { .. } => None,
+    };
+    note(&node, &caller, "migrate", to, slot).await;
     cluster.migrate(what).await?;
-    note(&caller, "slots are to move");
     let to_move = cluster.plan().moves.len() as u64;
     Ok(json(StatusCode::ACCEPTED, &wire::MigratedBody { slot: slot.map(|slot| slot.number()), to_move }))
 }
@@ -330,11 +334,12 @@ pub(crate) async fn drain(
 ) -> Result<Response, Problem> {
     let cluster = node.clustered()?;
     let which = which.unwrap_or_else(|| cluster.id().to_string());
+    let name = cluster.find(&which)?.1.name;
+    note(&node, &caller, if cancel { "undrain" } else { "drain" }, Some(name), None).await;
     let drained = match cancel {
         false => cluster.drain_node(&which).await?,
         true => cluster.undrain_node(&which).await?,
     };
-    note(&caller, if cancel { "a node takes slots again" } else { "a node is drained" });
     let member = cluster.members().into_iter().find(|member| member.node == drained);
     let (node, owns) = member.map_or_else(|| (drained.to_string(), 0), |member| (member.name, member.owns as u64));
     Ok(json(StatusCode::ACCEPTED, &wire::DrainedBody { node, owns }))
@@ -357,17 +362,23 @@ pub(crate) async fn forget(
     let cluster = node.clustered()?;
     let (forgotten, member) = cluster.find(&which)?;
     let owns = cluster.members().into_iter().find(|member| member.node == forgotten).map_or(0, |member| member.owns);
+    note(&node, &caller, if destroyed { "attest_destroyed" } else { "forget" }, Some(member.name.clone()), None).await;
     match destroyed {
         true => cluster.attest_destroyed(forgotten).await?,
         false => drop(cluster.forget(&which).await?),
     }
-    note(&caller, if destroyed { "a disk was attested to be destroyed" } else { "a node was forgotten" });
     Ok(json(StatusCode::OK, &wire::DrainedBody { node: member.name, owns: owns as u64 }))
 }
 
-/// Who did it, in the log.
-fn note(caller: &Caller, what: &str) {
-    tracing::info!(target: "kuma::cluster", token = caller.token.as_deref().unwrap_or("none"), "{what}");
+/// Who asks for it, in the log and in the audit log. What heals a cluster is not held up by a full disk: it is done without an entry then.
+async fn note(node: &Node, caller: &Caller, act: &str, about: Option<String>, slot: Option<Slot>) {
+    let token = caller.token.as_deref().map(str::to_owned);
+    tracing::info!(target: "kuma::cluster", token = token.as_deref().unwrap_or("none"), act, node = about.as_deref(), "an operator asks");
+    let slot = slot.map(|slot| slot.number());
+    let operation = kuma_core::Operation { token, act: act.to_owned(), node: about, slot };
+    if let Err(error) = node.kuma.audit_operation(operation).await {
+        tracing::error!(target: "kuma::cluster", %error, act, "what an operator asks for could not be noted in the audit log; it is done all the same");
+    }
 }
 
 /// What happens in the cluster from now on, as this node sees it, for a monitor.
