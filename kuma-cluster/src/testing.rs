@@ -47,6 +47,18 @@ struct Link {
     made: Arc<()>,
 }
 
+impl Attached {
+    /// Keeps a link, unless there is one to that very node already; says whether there was one to that disk.
+    fn keep(&self, disk: DiskId, link: Link) -> bool {
+        let mut links = self.links.lock();
+        let is_same = |before: &Link| std::ptr::addr_eq(Arc::as_ptr(&before.serve), Arc::as_ptr(&link.serve));
+        match links.get(&disk) {
+            Some(before) if is_same(before) => true,
+            _ => links.insert(disk, link).is_some(),
+        }
+    }
+}
+
 impl Hub {
     /// A new hub.
     pub fn new() -> Self {
@@ -185,10 +197,13 @@ impl Transport for End {
             let (disk, _) = self.attached.serve.admit(&there.serve.hello())?;
             let (own, _) = there.serve.admit(&self.attached.serve.hello()).map_err(|why| format!("refused: {why}"))?;
             let made = Arc::new(());
-            let here = Link { address: self.address.clone(), serve: self.attached.serve.clone(), made: made.clone() };
-            let was_up =
-                self.attached.links.lock().insert(disk, Link { address, serve: there.serve.clone(), made }).is_some();
-            there.links.lock().insert(own, here);
+            let link = |address: &str, serve: &Arc<dyn Serve>| Link {
+                address: address.to_owned(),
+                serve: serve.clone(),
+                made: made.clone(),
+            };
+            let was_up = self.attached.keep(disk, link(&address, &there.serve));
+            there.keep(own, link(&self.address, &self.attached.serve));
             if !was_up {
                 self.attached.serve.up(disk);
                 there.serve.up(own);

@@ -185,6 +185,7 @@ pub struct DurableSubscription {
     now: Option<Vec<u64>>,
     shared: Arc<Shared>,
     number: u64,
+    _seat: Seat,
     superseded: watch::Receiver<u64>,
     /// Parked events that are to be handed out again.
     replays: VecDeque<Parked>,
@@ -193,6 +194,25 @@ pub struct DurableSubscription {
     /// Numbers of those that were handed out again and are not acknowledged yet.
     replayed: Vec<i64>,
     last: Option<Last>,
+}
+
+/// That there is a consumer, for as long as it is held.
+struct Seat {
+    shared: Arc<Shared>,
+    number: u64,
+}
+
+impl Seat {
+    fn take(shared: &Arc<Shared>, number: u64) -> Self {
+        shared.consumers.lock().insert(number);
+        Seat { shared: shared.clone(), number }
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        self.shared.consumers.lock().remove(&self.number);
+    }
 }
 
 /// Where the events come from.
@@ -375,18 +395,12 @@ impl OpenDurable {
                 *newest += 1;
                 number = *newest;
             });
-            shared.consumers.lock().insert(number);
             number
         };
+        let seat = Seat::take(&shared, number);
         let mut superseded = shared.consumer.subscribe();
         superseded.mark_unchanged();
-        let (events, acknowledged, confirmed) = match shared.begin(&kuma).await {
-            Ok(begun) => begun,
-            Err(error) => {
-                shared.consumers.lock().remove(&number);
-                return Err(error);
-            }
-        };
+        let (events, acknowledged, confirmed) = shared.begin(&kuma).await?;
         let erasures = *shared.erasures.borrow();
         if confirmed < erasures {
             // The store was closed in between.
@@ -400,6 +414,7 @@ impl OpenDurable {
             now: None,
             shared,
             number,
+            _seat: seat,
             superseded,
             replays,
             replaying,
@@ -513,8 +528,8 @@ impl DurableSubscription {
                     FeedItem::Unreadable { unreadable, .. } => Err(unreadable),
                 }))
             }
-            // It is of no entity by which it could be found.
-            Events::Cluster(_) if entity == NOBODY => {
+            // It has no entity or no place by which it could be found.
+            Events::Cluster(_) if entity == NOBODY || shard >= SLOTS => {
                 let why = parked.why.clone();
                 Ok(Some(Err(Unreadable { shard, position, entity: None, version: None, why })))
             }
@@ -685,12 +700,6 @@ impl DurableSubscription {
     }
 }
 
-impl Drop for DurableSubscription {
-    fn drop(&mut self) {
-        self.shared.consumers.lock().remove(&self.number);
-    }
-}
-
 fn parked(file: &SubscriberFile) -> Result<Vec<Parked>, ModelError> {
     let parked = |row: ParkedRow| Parked {
         number: row.number,
@@ -777,7 +786,7 @@ impl Shared {
                 }
             }
         }
-        let meta = vec![(REACH, CLUSTER.to_owned())];
+        let meta = vec![(REACH, CLUSTER.to_owned()), (ACKNOWLEDGED_AT, kuma.inner.now_us().to_string())];
         let acknowledged = Acknowledged { positions: (0..).zip(seqs).collect(), meta, ..Acknowledged::default() };
         // Whoever else does it is faster or slower, and both find the same.
         self.with(|file| match file.meta(REACH)? {

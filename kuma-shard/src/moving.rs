@@ -85,10 +85,9 @@ macro_rules! outgoing_of {
 
 /// Inserts what came in of a slot. Entities are numbered in the order of the numbers that they have at the giver.
 macro_rules! take_into {
-    ($table:literal, $columns:literal, $where:literal) => {
+    ($insert:literal, $columns:literal, $where:literal) => {
         concat!(
-            "INSERT INTO ",
-            $table,
+            $insert,
             " SELECT ",
             $columns,
             " FROM incoming_log CROSS JOIN (
@@ -100,13 +99,17 @@ macro_rules! take_into {
     };
 }
 const TAKE_ROWS: &str = take_into!(
-    "log(position, slot, seq, eid, version, count, at, epoch, append_key, checksum, body)",
+    "INSERT INTO log(position, slot, seq, eid, version, count, at, epoch, append_key, checksum, body)",
     "?2 + seq - 1, slot, seq, eid, version, count, at, epoch, append_key, checksum, body",
     ""
 );
-const TAKE_INDEX: &str = take_into!("log_index(eid, version, position)", "eid, version, ?2 + seq - 1", "");
-const TAKE_KEYS: &str =
-    take_into!("key_index(eid, append_key, position)", "eid, append_key, ?2 + seq - 1", "AND append_key IS NOT NULL");
+const TAKE_INDEX: &str = take_into!("INSERT INTO log_index(eid, version, position)", "eid, version, ?2 + seq - 1", "");
+/// The first commit with a key keeps it, as in [`statements::insert_keys`].
+const TAKE_KEYS: &str = take_into!(
+    "INSERT OR IGNORE INTO key_index(eid, append_key, position)",
+    "eid, append_key, ?2 + seq - 1",
+    "AND append_key IS NOT NULL"
+);
 
 /// Takes the append keys of rows, which still have them, out of their index.
 const FORGET_KEYS: &str = "DELETE FROM key_index WHERE (eid, append_key) IN (

@@ -28,11 +28,12 @@ use crate::{
     backup_file::BackupFile,
     book::Audit,
     erase::{self, Stubbed},
-    log_row, packed,
+    log_row::{self, StoredRow},
+    packed,
     row_hash::{Digest, RowHash},
     scrub::{Page, SoundRow},
     slots::{self, SlotImage},
-    statements::{self, CopiedRow},
+    statements,
 };
 
 const PAGE_ROWS: u32 = 2048;
@@ -308,7 +309,7 @@ impl<P: FnMut(CopyProgress) + Send> Copying<'_, P> {
             self.transaction_bytes += ROW_BYTES;
             self.done.commits += 1;
             last_eid = last_eid.max(entity.eid);
-            rows.push(CopiedRow { eid: entity.eid, row, checksum: hash.checksum() });
+            rows.push(StoredRow { eid: entity.eid, row, checksum: hash.checksum() });
             if entity.erased_at_us.is_some() && !self.marked.contains(&entity.eid) {
                 erased.push(entity);
             }

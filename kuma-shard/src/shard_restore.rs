@@ -18,12 +18,13 @@ use crate::{
     append_keys::AppendKeys,
     backup_file::BackupFile,
     book::Progress,
+    log_row::StoredRow,
     progress::Stored,
     row_hash::{Digest, RowHash},
     scrub::{Page, SoundRow},
     shard_backup,
     slots::{self, SlotImage},
-    statements::{self, CopiedRow},
+    statements,
     tail::TailRow,
 };
 
@@ -171,8 +172,8 @@ struct Index {
 }
 
 impl Index {
-    fn note(&mut self, rows: &[CopiedRow]) {
-        for CopiedRow { eid, row, .. } in rows {
+    fn note(&mut self, rows: &[StoredRow]) {
+        for StoredRow { eid, row, .. } in rows {
             self.rows.push(TailRow { eid: *eid, version: row.version, position: row.position });
             if let Some(append_key) = &row.append_key {
                 self.keys.note(*eid, append_key, row.position);
@@ -252,7 +253,7 @@ impl Walk {
     }
 
     /// The next rows, as they are written.
-    async fn page(&mut self, file: &mut BackupFile) -> Result<Option<Vec<CopiedRow>>, CopyError> {
+    async fn page(&mut self, file: &mut BackupFile) -> Result<Option<Vec<StoredRow>>, CopyError> {
         let end = file.next_position();
         if self.next_position >= end {
             return Ok(None);
@@ -271,7 +272,7 @@ impl Walk {
         Ok(Some(rows))
     }
 
-    fn take(&mut self, file: &BackupFile, sound: SoundRow) -> Result<CopiedRow, CopyError> {
+    fn take(&mut self, file: &BackupFile, sound: SoundRow) -> Result<StoredRow, CopyError> {
         let SoundRow { entity, row, hash } = sound;
         let position = row.position;
         let bad = |detail: &str| file.damaged(format!("the row at position {position} {detail}"));
@@ -309,7 +310,7 @@ impl Walk {
         if let Some(written) = self.written.get_mut(index) {
             add(written, &hash);
         }
-        Ok(CopiedRow { eid: entity.eid, row, checksum: hash.checksum() })
+        Ok(StoredRow { eid: entity.eid, row, checksum: hash.checksum() })
     }
 
     /// Compares what was found with what the file says. Returns the slots as they are written.

@@ -19,6 +19,7 @@ use crate::{
     Commit, CopyId, EntityRow, KeyRow, LogRow, Slot, TransferId,
     append_keys::KeyedRow,
     log_book::Place,
+    log_row::StoredRow,
     progress::{self, Stored},
     schema,
     slots::SlotImage,
@@ -176,16 +177,9 @@ pub(crate) async fn insert_keys(connection: &mut SqliteConnection, rows: &[Keyed
     .await
 }
 
-/// A row of the log as it is copied from file to file.
-pub(crate) struct CopiedRow {
-    pub(crate) eid: i64,
-    pub(crate) row: LogRow,
-    pub(crate) checksum: i64,
-}
-
 /// Inserts rows of the log that have their places.
-pub(crate) async fn insert_copied(connection: &mut SqliteConnection, rows: &[CopiedRow]) -> sqlx::Result<()> {
-    insert_all(connection, *COPIED, rows, |query, CopiedRow { eid, row, checksum }| {
+pub(crate) async fn insert_copied(connection: &mut SqliteConnection, rows: &[StoredRow]) -> sqlx::Result<()> {
+    insert_all(connection, *COPIED, rows, |query, StoredRow { eid, row, checksum }| {
         query
             .bind(row.position.cast_signed())
             .bind(i64::from(row.slot.number()))
