@@ -464,13 +464,19 @@ impl EraserState {
         if let Err(error) = restore_to::settle(&inner, &self.node, &self.erasing).await {
             return tracing::warn!(%error, "it is not known yet which entities were restored; it is looked at again");
         }
+        // Before the ledger is read: what came with its slot later is looked at later.
+        let taken_over = self.erasing.taken_over();
         let unfinished = match self.node.unfinished().await {
             Ok(unfinished) => unfinished,
             Err(error) => {
+                self.erasing.note_taken_over(taken_over);
                 return tracing::warn!(%error, "unfinished erasures cannot be read; they are looked for again");
             }
         };
         self.owing = false;
+        let open: HashSet<[u8; 16]> = unfinished.iter().map(|tombstone| tombstone.key_id).collect();
+        // Its receipt came before its slot did: there is nothing to go on with.
+        taken_over.iter().filter(|key_id| !open.contains(*key_id)).for_each(|key_id| self.erasing.remove(*key_id));
         let (own, others): (Vec<Tombstone>, Vec<Tombstone>) =
             unfinished.into_iter().partition(|tombstone| inner.owns(tombstone.slot));
         self.leave_to_others(&own, others);

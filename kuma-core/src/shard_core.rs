@@ -80,6 +80,8 @@ struct Lives {
     stuck: Mutex<HashMap<[u8; 16], Working>>,
     /// Erasures that this node goes on with should their slots come to it.
     owed: Mutex<HashMap<Slot, Vec<Tombstone>>>,
+    /// Lives that became this disk's to end with their slots, since it was looked last what is not finished.
+    taken_over: Mutex<Vec<[u8; 16]>>,
 }
 
 /// A life of this slot is on its way out, for as long as this is held.
@@ -191,7 +193,17 @@ impl Erasing {
     pub(crate) fn take_over(&self, slot: Slot) -> bool {
         let owed = self.0.owed.lock().remove(&slot).unwrap_or_default();
         owed.iter().for_each(|tombstone| self.entomb(tombstone));
+        self.note_taken_over(owed.iter().map(|tombstone| tombstone.key_id));
         !owed.is_empty()
+    }
+
+    pub(crate) fn note_taken_over(&self, key_ids: impl IntoIterator<Item = [u8; 16]>) {
+        self.0.taken_over.lock().extend(key_ids);
+    }
+
+    /// Those lives that came with their slots since this was called last.
+    pub(crate) fn taken_over(&self) -> Vec<[u8; 16]> {
+        std::mem::take(&mut *self.0.taken_over.lock())
     }
 
     pub(crate) fn fate(&self, key_id: [u8; 16]) -> Option<Fate> {
