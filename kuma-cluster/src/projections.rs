@@ -113,8 +113,8 @@ impl ClusterEvents for Subscription {
     }
 
     fn place(&self) -> ClusterPlace {
-        let checkpoint = self.checkpoint();
-        let seqs = checkpoint.seqs.clone();
+        let mut checkpoint = self.checkpoint();
+        let seqs = std::mem::take(&mut checkpoint.seqs);
         ClusterPlace { seqs, mark: Some(checkpoint.without_seqs().to_string()) }
     }
 

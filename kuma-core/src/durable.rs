@@ -40,6 +40,7 @@ use crate::{
     erasure::EraserMessage,
     feed::{FeedItem, read_one},
     micros,
+    model_page::MARK,
     model_query::lag_behind,
     projection::is_name,
     slot_feed::FedItem,
@@ -57,8 +58,6 @@ const NOBODY: EntityHash = EntityHash([0; 16]);
 /// What a file says whose positions are seqs of slots.
 const REACH: &str = "reach";
 const CLUSTER: &str = "cluster";
-/// The mark of the reader of a cluster: it saves work, and decides nothing.
-const MARK: &str = "cluster_mark";
 /// When something was acknowledged last, in a cluster.
 const ACKNOWLEDGED_AT: &str = "acknowledged_at";
 

@@ -1,47 +1,19 @@
 //! Durable subscriptions of a node of a cluster: the events of all nodes, each acknowledged once, wherever slots go.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-use std::{
-    collections::BTreeMap,
-    path::Path,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering::SeqCst},
-    },
-    time::Duration,
-};
+use std::{collections::BTreeMap, time::Duration};
 
 use crate::{
+    bank::{Writers, account_of, event, id, start},
     common::directory,
     nodes::{self, LONG, settled, soon},
 };
 use integration_tests::seed;
 use kuma_cluster::{Migrate, Node, testing::Hub};
-use kuma_core::{Delivery, DurableSubscription, Filter, Kuma, NewEvent, Options, Reason, Slot, slot_of};
-use rand::{RngExt, SeedableRng, rngs::StdRng};
-use serde_json::json;
-
-async fn start(hub: &Hub, path: &Path, name: &str, seeds: &[&Node]) -> Node {
-    let is_new = !path.join("store.json").exists();
-    nodes::start(hub.node(path).context("bank").name(name).shards(2), is_new, seeds).await
-}
-
-fn event(amount: u64) -> NewEvent {
-    NewEvent::json("Deposited", &json!({ "amount": amount })).unwrap()
-}
-
-fn id(number: u64) -> String {
-    format!("acc-{number}")
-}
+use kuma_core::{Delivery, DurableSubscription, Filter, Kuma, Options, Reason, slot_of};
 
 async fn mailer(kuma: &Kuma) -> DurableSubscription {
     kuma.durable_subscription("mailer", Filter::event("account", "Deposited")).open().await.unwrap()
-}
-
-/// An account whose slot this node owns.
-fn account_of(node: &Node) -> String {
-    let owned: Vec<Slot> = node.store().slots().owned().into_iter().map(|(slot, _)| slot).collect();
-    (0..).map(id).find(|id| owned.contains(&slot_of("account", id))).unwrap()
 }
 
 async fn next(mailer: &mut DurableSubscription) -> (String, u64) {
@@ -55,31 +27,12 @@ async fn next(mailer: &mut DurableSubscription) -> (String, u64) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_event_of_every_node_is_acknowledged_once_while_nodes_join_leave_and_start_again() {
     const ACCOUNTS: u64 = 40;
-    let seed = seed("durable");
     let directories: Vec<_> = (0..3).map(|_| directory()).collect();
     let hub = Hub::new();
     let first = start(&hub, directories[0].path(), "one", &[]).await;
     let mut second = start(&hub, directories[1].path(), "two", &[&first]).await;
     settled(&[&first, &second]).await;
-    let (stop, done) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
-    let writers: Vec<_> = (0..3u64)
-        .map(|number| {
-            let (stop, done, node) = (stop.clone(), done.clone(), first.clone());
-            let mut random = StdRng::seed_from_u64(seed ^ number << 20);
-            tokio::spawn(async move {
-                while !stop.load(SeqCst) {
-                    let key: [u8; 16] = random.random();
-                    let account = id(random.random_range(0..ACCOUNTS));
-                    while node.raw("account", &account).append(event(1)).idempotency_key(key).await.is_err() {
-                        // That an owner is out of reach is said at once.
-                        tokio::time::sleep(Duration::from_millis(5)).await;
-                    }
-                    done.fetch_add(1, SeqCst);
-                    tokio::time::sleep(Duration::from_millis(2)).await;
-                }
-            })
-        })
-        .collect();
+    let writers = Writers::start(&first, 3, ACCOUNTS, seed("durable"));
     // By account, the last version that was acknowledged.
     let mut acknowledged: BTreeMap<String, u64> = BTreeMap::new();
     // Hands out so many, acknowledges some of them, and drops the consumer with the rest.
@@ -107,10 +60,7 @@ async fn every_event_of_every_node_is_acknowledged_once_while_nodes_join_leave_a
     third.drain().await.unwrap();
     consume(&second, 100, &mut acknowledged).await;
     soon("the third node is empty", async || third.owned() == 0).await;
-    stop.store(true, SeqCst);
-    for writer in writers {
-        writer.await.unwrap();
-    }
+    let done = writers.stop().await;
     settled(&[&first, &second, &third]).await;
     let mut consumer = mailer(second.store()).await;
     while let Some(delivery) = tokio::time::timeout(LONG, consumer.next_of_now()).await.unwrap().unwrap() {
@@ -119,7 +69,7 @@ async fn every_event_of_every_node_is_acknowledged_once_while_nodes_join_leave_a
         assert_eq!(stored.event.version.0, last + 1, "{}", stored.id);
     }
     consumer.ack().await.unwrap();
-    assert_eq!(acknowledged.values().sum::<u64>(), done.load(SeqCst));
+    assert_eq!(acknowledged.values().sum::<u64>(), done);
     for (account, last) in &acknowledged {
         assert_eq!(first.raw("account", account).read().await.unwrap().1.0, *last);
     }

@@ -4,6 +4,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod bank;
 mod durable;
 mod erase;
 mod faults;

@@ -1,17 +1,10 @@
 //! Projections of a node of a cluster: a whole model at each node that registers one, every event in it once, wherever slots go.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-use std::{
-    collections::BTreeMap,
-    path::Path,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering::SeqCst},
-    },
-    time::Duration,
-};
+use std::{collections::BTreeMap, time::Duration};
 
 use crate::{
+    bank::{Writers, account_of, event, id, start},
     common::directory,
     nodes::{self, LONG, settled, soon},
     processes::{self, Clients, LOGS},
@@ -22,7 +15,7 @@ use integration_tests::{
 };
 use kuma_cluster::{Node, testing::Hub};
 use kuma_core::{
-    Kuma, NewEvent, Options, ProjectionError, ProjectionHandle, ProjectionState, Reason, Slot, SqlProjection, slot_of,
+    Kuma, NewEvent, Options, ProjectionError, ProjectionHandle, ProjectionState, Reason, SqlProjection, slot_of,
 };
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use serde_json::json;
@@ -40,11 +33,6 @@ const DEPOSITS: &str = "
     INSERT INTO deposit(account, version, amount) VALUES (:entity, :version, :data ->> 'amount');
 ";
 
-async fn start(hub: &Hub, path: &Path, name: &str, seeds: &[&Node]) -> Node {
-    let is_new = !path.join("store.json").exists();
-    nodes::start(hub.node(path).context("bank").name(name).shards(2), is_new, seeds).await
-}
-
 /// Two nodes, each with its slots.
 async fn two_nodes(hub: &Hub, directories: &[TempDir; 2]) -> (Node, Node) {
     let first = start(hub, directories[0].path(), "one", &[]).await;
@@ -57,22 +45,8 @@ async fn deposits(node: &Node) -> ProjectionHandle {
     node.store().projection(SqlProjection::parse(DEPOSITS).unwrap()).await.unwrap()
 }
 
-fn event(amount: u64) -> NewEvent {
-    NewEvent::json("Deposited", &json!({ "amount": amount })).unwrap()
-}
-
 fn why() -> Reason {
     Reason::new("request 4711").by("support")
-}
-
-fn id(number: u64) -> String {
-    format!("acc-{number}")
-}
-
-/// An account whose slot this node owns.
-fn account_of(node: &Node) -> String {
-    let owned: Vec<Slot> = node.store().slots().owned().into_iter().map(|(slot, _)| slot).collect();
-    (0..).map(id).find(|id| owned.contains(&slot_of("account", id))).unwrap()
 }
 
 /// Of each account: rows, the lowest and the highest version, the sum.
@@ -105,7 +79,6 @@ async fn assert_whole(node: &Node, projection: &ProjectionHandle, accounts: u64)
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn models_of_two_nodes_have_every_event_once_while_nodes_join_leave_and_start_again() {
     const ACCOUNTS: u64 = 60;
-    let seed = seed("projections");
     let directories: Vec<_> = (0..4).map(|_| directory()).collect();
     let hub = Hub::new();
     let first = start(&hub, directories[0].path(), "one", &[]).await;
@@ -116,33 +89,11 @@ async fn models_of_two_nodes_have_every_event_once_while_nodes_join_leave_and_st
     let second = start(&hub, directories[1].path(), "two", &[&first]).await;
     let (at_first, at_second) = (deposits(&first).await, deposits(&second).await);
     settled(&[&first, &second]).await;
-    let (stop, done) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
-    let writers: Vec<_> = (0..4u64)
-        .map(|number| {
-            let (stop, done, node) = (stop.clone(), done.clone(), first.clone());
-            let mut random = StdRng::seed_from_u64(seed ^ number << 20);
-            tokio::spawn(async move {
-                while !stop.load(SeqCst) {
-                    let key: [u8; 16] = random.random();
-                    let account = id(random.random_range(0..ACCOUNTS));
-                    while node.raw("account", &account).append(event(1)).idempotency_key(key).await.is_err() {
-                        // That an owner is out of reach is said at once.
-                        tokio::time::sleep(Duration::from_millis(5)).await;
-                    }
-                    done.fetch_add(1, SeqCst);
-                    tokio::time::sleep(Duration::from_millis(2)).await;
-                }
-            })
-        })
-        .collect();
-    let more = async |count: u64| {
-        let wanted = done.load(SeqCst) + count;
-        soon("more is written", async || done.load(SeqCst) >= wanted).await;
-    };
+    let writers = Writers::start(&first, 4, ACCOUNTS, seed("projections"));
 
-    more(100).await;
+    writers.more(100).await;
     let third = start(&hub, directories[2].path(), "three", &[&first]).await;
-    more(100).await;
+    writers.more(100).await;
     // The one with a model is started again in the middle of it.
     second.shutdown().await;
     let second = {
@@ -150,14 +101,11 @@ async fn models_of_two_nodes_have_every_event_once_while_nodes_join_leave_and_st
         start(&hub, directories[1].path(), "two", &[]).await
     };
     let at_second = deposits(&second).await;
-    more(100).await;
+    writers.more(100).await;
     third.drain().await.unwrap();
     soon("the third node is empty", async || third.owned() == 0).await;
-    more(100).await;
-    stop.store(true, SeqCst);
-    for writer in writers {
-        writer.await.unwrap();
-    }
+    writers.more(100).await;
+    writers.stop().await;
     settled(&[&first, &second, &third]).await;
     assert_whole(&first, &at_first, ACCOUNTS).await;
     assert_whole(&first, &at_second, ACCOUNTS).await;
