@@ -130,8 +130,7 @@ impl Erasures {
 
     fn outcome(&self, shared: &Shared, life: &ErasedLife, ended: &HashMap<KeyId, Vec<DiskId>>) -> Elsewhere {
         let mut jobs = self.jobs.lock();
-        let is_owned = shared.slots.record(life.slot).is_some_and(|record| record.owned().is_some());
-        if !is_owned {
+        if !shared.is_owner(life.slot) {
             jobs.remove(&life.key_id);
             return Elsewhere::Waiting("its slot has moved; the node that owns it now goes on".to_owned());
         }

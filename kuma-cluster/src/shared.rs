@@ -245,6 +245,11 @@ impl Shared {
         self.peers().into_iter().for_each(|disk| transport.cast(disk, kind, body.clone()));
     }
 
+    /// Whether this node owns the slot.
+    pub(crate) fn is_owner(&self, slot: Slot) -> bool {
+        self.slots.record(slot).is_some_and(|record| record.owned().is_some())
+    }
+
     /// What this node owns.
     pub(crate) fn owns(&self) -> Vec<(Slot, Epoch)> {
         self.slots.owned()

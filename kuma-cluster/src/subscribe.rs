@@ -868,16 +868,13 @@ async fn feed_of(shared: &Arc<Shared>, disk: DiskId, ask: FeedAsk) -> Result<Fee
     }
 }
 
-fn owns(shared: &Shared, slot: Slot) -> bool {
-    shared.slots.record(slot).is_some_and(|record| record.owned().is_some())
-}
-
 /// One commit, from whoever owns its slot.
 pub(crate) async fn commit_of(shared: &Arc<Shared>, frame: CommitFrame) -> Result<Option<FedItem>, String> {
     let until = Instant::now() + ENDS_WITHIN;
     loop {
         let slot = frame.slot;
-        let owner = if owns(shared, slot) { Some(shared.own) } else { shared.routes.get(slot).map(|(_, disk)| disk) };
+        let owner =
+            if shared.is_owner(slot) { Some(shared.own) } else { shared.routes.get(slot).map(|(_, disk)| disk) };
         let reply = match owner {
             None => Err(format!("who owns slot {slot} is not known yet")),
             Some(disk) if disk == shared.own => Ok(commit(shared, &frame).await),
@@ -904,12 +901,12 @@ pub(crate) async fn commit_of(shared: &Arc<Shared>, frame: CommitFrame) -> Resul
 /// One commit of a slot of this node.
 pub(crate) async fn commit(shared: &Shared, frame: &CommitFrame) -> CommitReply {
     let CommitFrame { filter, slot, seq, entity } = frame;
-    if !shared.has_passed.load(SeqCst) || !owns(shared, *slot) {
+    if !shared.has_passed.load(SeqCst) || !shared.is_owner(*slot) {
         return CommitReply::NotOwner;
     }
     match shared.slots.commit(filter, *slot, *seq, *entity).await {
         // It was given away meanwhile: that it is not here says nothing.
-        _ if !owns(shared, *slot) => CommitReply::NotOwner,
+        _ if !shared.is_owner(*slot) => CommitReply::NotOwner,
         Ok(found) => CommitReply::Found(found),
         Err(why) => CommitReply::Failed(why),
     }
